@@ -1,0 +1,1 @@
+"""Command lines: settings, one call, an exit code."""

@@ -1,0 +1,1 @@
+"""Batch image embeddings on Ray."""

@@ -1,0 +1,151 @@
+"""The settings of the jobs: one frozen dataclass each, the only definition there is.
+
+Flags, the TOML file and the recorded effective settings all come from these classes; the
+docstrings are the help texts. ``pipeline.cli`` turns them into command lines.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline.errors import SettingsError
+
+_SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_size(text: str, *, setting: str) -> int:
+    """Return the number of bytes in ``"8GB"``, ``"64MiB"`` or ``"1000"``.
+
+    Raises:
+        SettingsError: The text is not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _SIZE_UNITS:
+        raise SettingsError(f"{setting} is {text!r}; write a size such as 64MiB, 8GB or 1000")
+    return int(float(match[1]) * _SIZE_UNITS[match[2].upper()])
+
+
+@dataclass(frozen=True, slots=True)
+class StorageOptions:
+    """How to reach object storage. Credentials come from the environment, never from here."""
+
+    endpoint_url: str | None = None
+    """S3 endpoint, for stores other than AWS; the environment's AWS_ENDPOINT_URL otherwise."""
+    profile: str | None = None
+    """Named profile of the shared AWS configuration."""
+    anonymous: bool = False
+    """Read public buckets without credentials."""
+    requester_pays: bool = False
+    """Accept that the requester pays for the transfer."""
+    storage_attempts: int = 6
+    """How often a request is tried before it fails."""
+    storage_timeout_s: float = 60.0
+    """Longest wait for an answer or for the next bytes of a body."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedConfig:
+    """Embed image shards: one row per image, exactly once."""
+
+    input: tuple[str, ...]
+    """Prefixes, objects or folders to read: tar or Parquet shards, loose images, URI lists."""
+    output: str
+    """Where the embeddings go; an existing output is resumed and brought up to date."""
+    model: str
+    """Backbone, e.g. resnetv2_50.a1h_in1k."""
+    weights: str = "pretrained"
+    """pretrained (from the hub), a path or URI of a checkpoint, or random:<seed>."""
+    image_size: str = "train"
+    """train, test, or a number of pixels."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward pass."""
+    decode: Literal["exact", "fast"] = "exact"
+    """exact equals the reference bit for bit; fast lets the JPEG decoder scale down."""
+    exif: Literal["apply", "ignore"] = "apply"
+    """Turn pictures as their EXIF orientation says; ignore is what the reference does."""
+    input_kind: Literal["auto", "tar", "parquet", "images", "list"] = "auto"
+    """What the inputs hold; auto decides by file name."""
+    image_column: str | None = None
+    """Parquet column with the encoded images; found by its type where there is only one."""
+    key_column: str | None = None
+    """Parquet column with the keys; the row number otherwise."""
+    carry: tuple[str, ...] = ()
+    """Columns to carry along: sidecar extensions (json, txt, cls) or Parquet columns."""
+    embedding_dtype: Literal["float32", "float16"] = "float32"
+    """Type of the stored vectors."""
+    top_k_classes: int = 0
+    """Also store the k most probable classes of each image."""
+    chunk_images: int = 256
+    """Most images in a chunk, and so rows in a part."""
+    chunk_bytes: str = "64MiB"
+    """Most encoded bytes in a chunk."""
+    batch_size: int | None = None
+    """Images in one forward pass; chosen for the device otherwise."""
+    actors: int | None = None
+    """Number of embedder actors; one per GPU, or one per CPU core, otherwise."""
+    cpus_per_actor: float | None = None
+    """CPU cores of an actor: decode threads beside a GPU, torch threads without one."""
+    gpus_per_actor: float | None = None
+    """GPUs of an actor; fractions share a GPU. Without one set, 1 where the cluster has GPUs."""
+    max_pixels: int = 200_000_000
+    """Larger images are not decoded; their row says too_large."""
+    max_image_bytes: str = "256MiB"
+    """Longer encoded images are not decoded; their row says too_large."""
+    image_timeout_s: float = 30.0
+    """Longest time one image may take to decode; its row says unreadable after that."""
+    max_failures: str | None = None
+    """Stop the run when more images fail: a count (100) or a share (1%)."""
+    retry_failed: bool = False
+    """Embed again the shards that have failed rows."""
+    verify: bool = False
+    """Check every commit against its parts, and do nothing else."""
+    prune: bool = False
+    """Delete files of shards that were removed or superseded."""
+    dry_run: bool = False
+    """Say what would be done, and do nothing."""
+    ray_address: str | None = None
+    """Ray cluster to join; the surrounding job's, or one started here, otherwise."""
+    storage: StorageOptions = field(default_factory=StorageOptions)
+    """How to reach object storage."""
+
+    def __post_init__(self) -> None:
+        if not self.input:
+            raise SettingsError("no input given; pass --input with one or more URIs or folders")
+        if self.image_size not in ("train", "test") and not self.image_size.isdecimal():
+            raise SettingsError(
+                f"image_size is {self.image_size!r}; use train, test, or a number of pixels"
+            )
+        for name in ("chunk_images", "max_pixels", "batch_size", "actors"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingsError(f"{name} is {value}; it must be at least 1")
+        if not 0 <= self.top_k_classes <= 1000:
+            raise SettingsError(f"top_k_classes is {self.top_k_classes}; use 0 to 1000")
+        parse_size(self.chunk_bytes, setting="chunk_bytes")
+        parse_size(self.max_image_bytes, setting="max_image_bytes")
+        parse_failure_limit(self.max_failures)
+
+
+def parse_failure_limit(text: str | None) -> tuple[int | None, float | None]:
+    """Return ``(count, share)`` of ``"100"``, ``"1%"`` or ``"0.01"``; one of them is None.
+
+    Raises:
+        SettingsError: The text is neither a count nor a share.
+    """
+    if text is None:
+        return None, None
+    if text.isdecimal():
+        return int(text), None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)%", text)
+    share = float(match[1]) / 100 if match else _parse_fraction(text)
+    if share is None or not 0 <= share <= 1:
+        raise SettingsError(f"max_failures is {text!r}; use a count such as 100 or a share as 1%")
+    return None, share
+
+
+def _parse_fraction(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

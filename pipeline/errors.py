@@ -1,0 +1,93 @@
+"""Every exception raised on purpose, as a tree whose first level is the policy.
+
+``AbortError`` ends the run, ``RetryError`` is worth another try, ``RecordError`` becomes a row of
+the output. Who catches an exception needs to know the policy only; who reads it finds in the
+message what, which value, where, and what to do.
+"""
+
+
+class PipelineError(Exception):
+    """Base of all errors that the project raises on purpose."""
+
+
+class AbortError(PipelineError):
+    """The run cannot go on. ``exit_code`` is what a job exits with."""
+
+    exit_code = 1
+
+
+class SettingsError(AbortError):
+    """A setting is wrong, or does not fit the data it is applied to."""
+
+    exit_code = 2
+
+
+class NoShardsError(SettingsError):
+    """The input holds nothing to embed; a mistyped prefix more often than an empty dataset."""
+
+
+class UnknownBackboneError(SettingsError):
+    """A backbone name that is not in the registry; the message names the nearest one."""
+
+
+class WeightsError(SettingsError):
+    """Weights that cannot be found, read, or fitted to the backbone."""
+
+
+class SpaceMismatchError(SettingsError):
+    """Vectors of two spaces would meet; the message names the fields that differ."""
+
+
+class TooManyFailuresError(AbortError):
+    """More images failed than ``--max-failures`` allows."""
+
+    exit_code = 3
+
+
+class LeaseError(AbortError):
+    """Another live run holds the output."""
+
+
+class CorruptionError(AbortError):
+    """Stored data does not match its recorded digest, count or schema."""
+
+
+class PublishError(AbortError):
+    """A generation was not published: a gate refused it, or another publisher won."""
+
+
+class StorageError(AbortError):
+    """Object storage refused for good, or kept failing until the retries were used up."""
+
+
+class ObjectMissingError(StorageError):
+    """An object that should be there is not."""
+
+
+class AccessError(StorageError):
+    """Credentials are missing, expired, or lack the permission."""
+
+
+class ConflictError(StorageError):
+    """A conditional write lost: somebody else wrote the object first."""
+
+
+class RetryError(PipelineError):
+    """A passing fault (throttling, reset, time-out, short read); trying again may help."""
+
+
+class RecordError(PipelineError):
+    """A fault of one record; it becomes a row with this status and reason.
+
+    Attributes:
+        status: One of ``records.STATUSES`` other than ``"ok"``.
+        reason: A sentence for people, without the status.
+    """
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(f"{status}: {reason}")
+        self.status = status
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["RecordError"], tuple[str, str]]:
+        return type(self), (self.status, self.reason)
