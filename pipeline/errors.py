@@ -64,6 +64,10 @@ class ObjectMissingError(StorageError):
     """An object that should be there is not."""
 
 
+class ObjectChangedError(StorageError):
+    """An object is no longer the version that was listed or first read."""
+
+
 class AccessError(StorageError):
     """Credentials are missing, expired, or lack the permission."""
 

@@ -1,0 +1,244 @@
+"""S3: every request made once, with its etag and its length checked."""
+
+import asyncio
+import math
+from collections.abc import Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.errors import (
+    ConflictError,
+    ObjectChangedError,
+    ObjectMissingError,
+    RetryError,
+    StorageError,
+)
+from pipeline.records import ObjectInfo
+from pipeline.stores import faults
+from pipeline.stores.spans import Span
+
+T = TypeVar("T")
+
+_PART_BYTES = 64 << 20
+_MOST_PARTS = 10_000
+_UPLOAD_THREADS = 4
+_DELETES_AT_ONCE = 32
+_BODY_PIECE_BYTES = 1 << 20
+
+
+class S3Store:
+    """Buckets behind an s3fs file system, whose own retries and caches are off."""
+
+    def __init__(self, filesystem: Any, *, attempts: int) -> None:
+        self._filesystem = filesystem
+        self._attempts = attempts
+
+    def list_objects(self, uri: str) -> list[ObjectInfo]:
+        """Return the objects under ``uri/``, or else the object ``uri`` itself."""
+        bucket, key = split_uri(uri)
+        found = self._list(bucket, f"{key}/" if key else "")
+        if found or not key:
+            return found
+        # Of all keys that start with it the key itself sorts first; no HEAD: listing must do.
+        page = self._call("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
+        return [_describe(bucket, o) for o in page.get("Contents", ()) if o["Key"] == key]
+
+    def stat(self, uri: str) -> ObjectInfo:
+        """Describe one object."""
+        bucket, key = _split_object(uri)
+        head = self._call("head_object", Bucket=bucket, Key=key)
+        modified_s = head["LastModified"].timestamp()
+        return ObjectInfo(uri, head["ContentLength"], _strip(head["ETag"]), modified_s)
+
+    def fetch(self, uri: str, start: int, stop: int | None, version: str | None) -> Span:
+        """Return bytes [start, stop) of one version; what had come before a reset, if any."""
+        bucket, key = _split_object(uri)
+        request = {"Bucket": bucket, "Key": key}
+        if version is not None:
+            request["IfMatch"] = f'"{version}"'
+        if start > 0 or stop is not None:
+            request["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
+        try:
+            return self._run(self._get(request, start, stop))
+        except Exception as error:
+            status = faults.status_of(error)
+            if status == 416 and start == 0:  # an empty object has no range at all
+                return self.fetch(uri, 0, None, version)
+            if status == 416:
+                raise StorageError(
+                    f"cannot read {uri!r} from byte {start}: it ends before; list it again"
+                ) from error
+            if status == 412:
+                raise ObjectChangedError(
+                    f"{uri!r} has changed: version {version} is no longer there; "
+                    "list the input again"
+                ) from error
+            raise
+
+    def put(self, uri: str, data: bytes) -> None:
+        """Write an object."""
+        bucket, key = _split_object(uri)
+        self._call("put_object", Bucket=bucket, Key=key, Body=data)
+
+    def put_if(self, uri: str, data: bytes, version: str | None) -> str:
+        """Write if the etag is still ``version``, or nothing is there where None."""
+        bucket, key = _split_object(uri)
+        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": f'"{version}"'}
+        try:
+            answer = self._call("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+        except FileNotFoundError as error:
+            if version is None or faults.code_of(error) == "NoSuchBucket":
+                raise
+            raise ConflictError(f"cannot write {uri!r}: it is gone; read it again") from error
+        return _strip(answer["ETag"])
+
+    def conditional_version(self, _data: bytes, version: str) -> str:
+        """Return the version that ``put_if`` compares: the etag."""
+        return version
+
+    def delete(self, uris: Iterable[str]) -> None:
+        """Delete objects; missing ones are fine."""
+        self._run(self._delete([_split_object(uri) for uri in uris]))
+
+    def upload(self, local_path: Path, uri: str) -> None:
+        """Copy a file; large ones in parts, which show only once all of them are there."""
+        size_bytes = local_path.stat().st_size
+        if size_bytes <= _PART_BYTES:
+            self.put(uri, local_path.read_bytes())
+            return
+        bucket, key = _split_object(uri)
+        target = {"Bucket": bucket, "Key": key}
+        target["UploadId"] = self._call("create_multipart_upload", **target)["UploadId"]
+        try:
+            parts = self._upload_parts(local_path, target, uri)
+            self._call("complete_multipart_upload", **target, MultipartUpload={"Parts": parts})
+        except BaseException as error:
+            self._call("abort_multipart_upload", **target)
+            if faults.status_of(error) == 404:
+                raise RetryError(f"the upload of {uri!r} is gone") from error
+            raise
+
+    def _upload_parts(
+        self, local_path: Path, target: dict[str, str], uri: str
+    ) -> list[dict[str, Any]]:
+        size_bytes = local_path.stat().st_size
+        part_bytes = max(_PART_BYTES, math.ceil(size_bytes / _MOST_PARTS))
+
+        def send(index: int) -> dict[str, Any]:
+            with local_path.open("rb") as file:
+                file.seek(index * part_bytes)
+                data = file.read(part_bytes)
+            request = {**target, "PartNumber": index + 1, "Body": data}
+            answer = faults.retry(
+                lambda: self._call("upload_part", **request),
+                action=f"write part {index + 1} of",
+                uri=uri,
+                attempts=self._attempts,
+            )
+            return {"PartNumber": index + 1, "ETag": answer["ETag"]}
+
+        pool = ThreadPoolExecutor(_UPLOAD_THREADS)
+        try:
+            return list(pool.map(send, range(math.ceil(size_bytes / part_bytes))))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _list(self, bucket: str, prefix: str) -> list[ObjectInfo]:
+        found: list[ObjectInfo] = []
+        request = {"Bucket": bucket, "Prefix": prefix}
+        while True:
+            page = faults.retry(
+                lambda: self._call("list_objects_v2", **request),
+                action="list",
+                uri=f"s3://{bucket}/{prefix}",
+                attempts=self._attempts,
+            )
+            objects = page.get("Contents", ())
+            found.extend(_describe(bucket, o) for o in objects if not o["Key"].endswith("/"))
+            if not page.get("IsTruncated"):
+                return found
+            request["ContinuationToken"] = page["NextContinuationToken"]
+
+    async def _get(self, request: dict[str, str], start: int, stop: int | None) -> Span:
+        answer = await self._filesystem._call_s3("get_object", **request)
+        size_bytes, data_start = _measure(answer)
+        end = size_bytes if stop is None else min(stop, size_bytes)
+        data = await _read_body(answer["Body"], answer["ContentLength"])
+        return Span(data[start - data_start : end - data_start], size_bytes, _strip(answer["ETag"]))
+
+    async def _delete(self, objects: list[tuple[str, str]]) -> None:
+        for first in range(0, len(objects), _DELETES_AT_ONCE):
+            batch = objects[first : first + _DELETES_AT_ONCE]
+            call = self._filesystem._call_s3
+            requests = [call("delete_object", Bucket=bucket, Key=key) for bucket, key in batch]
+            for error in await asyncio.gather(*requests, return_exceptions=True):
+                if isinstance(error, BaseException) and faults.status_of(error) != 404:
+                    raise error
+
+    def _call(self, method: str, **request: Any) -> Any:
+        return self._run(self._filesystem._call_s3(method, **request))
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for ``work`` on the file system's own event loop; safe from any thread."""
+        future = asyncio.run_coroutine_threadsafe(work, self._filesystem.loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+async def _read_body(body: Any, size_bytes: int) -> bytes:
+    """Read an answer's body; after a fault return what had come, if anything had."""
+    pieces: list[bytes] = []
+    received = 0
+    async with body as stream:
+        try:
+            while received < size_bytes:
+                piece = await stream.read(_BODY_PIECE_BYTES)
+                if not piece:
+                    break
+                pieces.append(piece)
+                received += len(piece)
+        except Exception as error:
+            if not received or not faults.is_passing(error):
+                raise
+    if received == 0 < size_bytes:
+        raise RetryError(f"the body is empty; {size_bytes} bytes were promised")
+    return b"".join(pieces)
+
+
+def _measure(answer: dict[str, Any]) -> tuple[int, int]:
+    """Return the size of the whole object, and where the body starts in it, in bytes."""
+    content_range = answer.get("ContentRange")
+    if content_range is None:  # all of it, whatever was asked for
+        return answer["ContentLength"], 0
+    positions, _, size = content_range.removeprefix("bytes ").partition("/")
+    return int(size), int(positions.partition("-")[0])
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """Return bucket and key; the key is empty for a whole bucket."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
+def _split_object(uri: str) -> tuple[str, str]:
+    bucket, key = split_uri(uri)
+    if not key:
+        raise ObjectMissingError(f"{uri!r} is a bucket, not an object; add a key")
+    return bucket, key
+
+
+def _describe(bucket: str, listed: dict[str, Any]) -> ObjectInfo:
+    return ObjectInfo(
+        uri=f"s3://{bucket}/{listed['Key']}",
+        size_bytes=listed["Size"],
+        version=_strip(listed["ETag"]),
+        modified_s=listed["LastModified"].timestamp(),
+    )
+
+
+def _strip(etag: str) -> str:
+    return etag.removeprefix("W/").strip('"')
