@@ -1,0 +1,1 @@
+"""How images lie in their containers; ``pipeline.readers`` is the way in."""

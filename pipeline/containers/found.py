@@ -1,0 +1,51 @@
+"""What reading a container yields, before rows are numbered."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """How shards are read and cut.
+
+    Attributes:
+        chunk_images: Most images in a chunk.
+        chunk_bytes: Most encoded bytes in a chunk; a larger single image is a chunk alone.
+        max_image_bytes: Longer encoded images are not read into memory.
+        carry: Names of the carried columns: sidecar extensions or Parquet columns.
+        image_column: Parquet column with the images; found by its type where None.
+        key_column: Parquet column with the keys; the row number where None.
+    """
+
+    chunk_images: int = 256
+    chunk_bytes: int = 64 * 2**20
+    max_image_bytes: int = 256 * 2**20
+    carry: tuple[str, ...] = ()
+    image_column: str | None = None
+    key_column: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FoundImage:
+    """One image of a container, in the container's order.
+
+    Attributes:
+        name: Its name in the container, valid Unicode; not necessarily unique.
+        data: The encoded image; empty where ``status`` is not ``"ok"``.
+        offset: Where it starts in the stored object, bytes, if one ranged read can fetch it.
+        carried: Carried columns that were found.
+        status: ``"ok"`` as far as reading goes.
+        error: The reason when it is not.
+    """
+
+    name: str
+    data: bytes
+    offset: int | None = None
+    carried: Mapping[str, Any] = field(default_factory=dict)
+    status: str = "ok"
+    error: str | None = None
+
+
+class BrokenContainerError(Exception):
+    """The container cannot be read any further; what was found before stands."""

@@ -1,0 +1,451 @@
+"""Encoded bytes to RGB pixels, or a status with a reason; the guards against hostile images.
+
+Decided here, once, and part of an output's space through ``exif``, ``decode`` and the Pillow
+version:
+
+=====================  ===========================  ==============================
+stored as              ``exif="apply"``: as shown   ``exif="ignore"``: as stored
+=====================  ===========================  ==============================
+EXIF orientation       turned upright               not turned
+transparency           composited over white        dropped, hidden colours stay
+RGB, grey, palette     converted                    the same
+CMYK, YCbCr, HSV, LAB  Pillow's conversion, no ICC  the same
+16-bit grey            value / 257                  the same
+32-bit integer grey    as 16-bit where it fits,     the same
+                       else its range is stretched
+floating point grey    [0, 1] times 255 where it    the same
+                       fits, else clipped to 0..255
+animation, pages       first frame                  the same
+=====================  ===========================  ==============================
+
+``ignore`` equals ``Image.open(...).convert("RGB")``, which is what timm sees, except for deep grey
+images, which that clips to white. Opaque RGB and 8-bit grey pictures are equal in both columns but
+for the orientation. TIFF is turned by Pillow itself in either.
+"""
+
+import hashlib
+import io
+import re
+import struct
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from queue import SimpleQueue
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from pipeline.errors import RecordError
+
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI"),
+    *("PSD", "SGI", "SUN", "DDS", "PCX", "TGA"),
+)
+"""Pillow formats that are decoded, in the order they are tried; TGA is last, it has no signature.
+
+Left out on purpose: EPS and WMF (run or need other programs), ICO, ICNS and CUR (their decoders
+load pictures inside whose size no header shows), and formats that hold no photographs.
+"""
+
+_LOOKS = (
+    (rb"\s*(<!doctype html|<html|<head|<body)", "HTML, such as an error page"),
+    (rb"\s*(<\?xml|<svg|<error)", "XML or SVG"),
+    (rb"\s*[{\[]\s*[\"{\[]", "JSON"),
+    (rb"%PDF-", "a PDF"),
+    (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript"),
+    (rb"PK\x03\x04", "a ZIP archive"),
+    (rb"\x1f\x8b", "gzip data"),
+    (rb"....ftyp(heic|heix|mif1|msf1|hevc)", "HEIC"),
+    (rb"....ftyp", "a video"),
+    (rb"\x00\x00[\x01\x02]\x00", "an icon (ICO, CUR)"),
+    (rb"icns", "an icon (ICNS)"),
+    (rb"\x00{16}", "zeros"),
+)
+
+_TRUNCATED = re.compile(
+    r"truncated|not enough image data|incomplete header|expected to read|unexpected end"
+    r"|premature end|reached end",
+    re.IGNORECASE,
+)
+
+_ORIENTATION_TAG = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+Exif = Literal["apply", "ignore"]
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """What is decoded at all.
+
+    Attributes:
+        max_pixels: Most pixels, width times height as the header says, before any is allocated.
+        max_image_bytes: Most encoded bytes.
+    """
+
+    max_pixels: int = 200_000_000
+    max_image_bytes: int = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedImage:
+    """A decoded picture.
+
+    Attributes:
+        image: RGB, 8 bits a channel, turned upright where EXIF was applied.
+        width: Width of the original as stored, before turning and scaling, pixels.
+        height: Height of the original, likewise.
+        size: Width and height of the whole picture at full scale as ``image`` is turned; what
+            geometry (resize, crop) is computed from. Equals ``image.size`` unless ``box`` is set.
+        box: Where the whole picture lies in ``image``, (left, top, right, bottom) in fractional
+            pixels, when the decoder has scaled it down; None when it is all of ``image``.
+    """
+
+    image: Image.Image
+    width: int
+    height: int
+    size: tuple[int, int]
+    box: Box | None = None
+
+
+def image_digest(data: bytes) -> bytes:
+    """Return the first 16 bytes of the SHA-256 of the encoded image."""
+    return hashlib.sha256(data).digest()[:16]
+
+
+def decode_image(
+    data: bytes, *, limits: ImageLimits, exif: Exif = "apply", draft_size: int | None = None
+) -> DecodedImage:
+    """Decode one image to RGB as the module docstring lays down.
+
+    Args:
+        data: The encoded image.
+        limits: What is refused unseen.
+        exif: Show the picture upright and over white, or exactly as it is stored.
+        draft_size: Let the JPEG decoder scale down by 2, 4 or 8 as long as both sides stay at
+            least this long, pixels; None decodes at full scale.
+
+    Raises:
+        RecordError: The image cannot or must not be decoded. Its status is ``unsupported`` (no
+            known format), ``too_large``, ``truncated`` or ``unreadable``. Nothing else is raised,
+            whatever the bytes.
+    """
+    _refuse_by_length(data, limits)
+    _ignore_pillow_warnings()
+    try:
+        return _decode(data, limits, exif=exif, draft_size=draft_size)
+    except RecordError:
+        raise
+    except (MemoryError, Image.DecompressionBombError) as error:
+        reason = str(error) or "not enough memory to decode it"
+        raise RecordError("too_large", reason) from error
+    except Exception as error:  # decoders raise anything on hostile bytes
+        raise _describe_failure(data, error) from error
+
+
+def _refuse_by_length(data: bytes, limits: ImageLimits) -> None:
+    if not data:
+        raise RecordError("unreadable", "the encoded image has zero bytes")
+    if len(data) > limits.max_image_bytes:
+        raise RecordError("too_large", describe_excess_bytes(len(data), limits.max_image_bytes))
+
+
+def describe_excess_bytes(nbytes: int, max_image_bytes: int) -> str:
+    """Return the reason of an encoded image that is longer than the limit."""
+    return f"the encoded image has {nbytes:,} bytes; max_image_bytes is {max_image_bytes:,}"
+
+
+def _ignore_pillow_warnings() -> None:
+    """Keep Pillow's remarks on odd metadata off the terminal; they change no pixel.
+
+    One process-wide filter for Pillow's own modules: ``catch_warnings`` is not thread-safe.
+    """
+    if not any(entry[3] is not None and entry[3] == _PILLOW for entry in warnings.filters):
+        warnings.filterwarnings("ignore", category=UserWarning, module=_PILLOW.pattern)
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module=_PILLOW.pattern)
+
+
+_PILLOW = re.compile(r"PIL\.")
+
+
+def _decode(
+    data: bytes, limits: ImageLimits, *, exif: Exif, draft_size: int | None
+) -> DecodedImage:
+    image = _open_image(data)
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        pixels = f"{width} x {height} is {width * height:,} pixels"
+        raise RecordError("too_large", f"{pixels}; max_pixels is {limits.max_pixels:,}")
+    draft = image.draft(None, (draft_size, draft_size)) if draft_size else None
+    image.load()
+    orientation = _read_orientation(image) if exif == "apply" else 1
+    rgb = _convert_to_rgb(image, composite=exif == "apply")
+    box = None
+    if draft is not None and image.size != (width, height):
+        box = _turn_box(draft[1], image.size, orientation)
+    elif image.size != (width, height):
+        width, height = image.size  # TIFF, turned by its own decoder
+    if orientation in _TURNS:
+        rgb = rgb.transpose(_TURNS[orientation])
+    size = (height, width) if orientation >= 5 else (width, height)
+    return DecodedImage(rgb, width, height, size, box)
+
+
+def _open_image(data: bytes) -> ImageFile.ImageFile:
+    """Open by signature, without decoding.
+
+    Not ``Image.open``: that refuses at a process-wide number of pixels of its own, and swallows
+    why a file of a known signature does not open.
+
+    Raises:
+        RecordError: No format's signature fits.
+    """
+    if FORMATS[-1] not in Image.OPEN:
+        Image.init()
+    failure: Exception | None = None
+    for name in FORMATS:
+        factory, accepts = Image.OPEN[name]
+        if accepts is not None and accepts(data[:16]) is not True:
+            continue
+        try:
+            return factory(io.BytesIO(data), "")
+        except (SyntaxError, IndexError, TypeError, KeyError, struct.error) as error:
+            if accepts is not None:
+                failure = error
+    if failure is not None:
+        raise failure
+    raise RecordError("unsupported", f"no known image format{_guess_content(data)}")
+
+
+def _guess_content(data: bytes) -> str:
+    for pattern, name in _LOOKS:
+        if re.match(pattern, data[:256], re.IGNORECASE | re.DOTALL):
+            return f"; it looks like {name}"
+    return ""
+
+
+def _describe_failure(data: bytes, error: Exception) -> RecordError:
+    words = str(error) or type(error).__name__
+    truncated = isinstance(error, EOFError) or bool(_TRUNCATED.search(words))
+    if _is_cut_short(data):
+        truncated = True
+    return RecordError("truncated" if truncated else "unreadable", words)
+
+
+def _is_cut_short(data: bytes) -> bool:
+    """Tell from the container alone whether its end is missing."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return int.from_bytes(data[4:8], "little") + 8 > len(data)
+    if data[:2] == b"\xff\xd8":
+        return b"\xff\xd9" not in data[-4096:]
+    if data[:4] in (b"II*\0", b"MM\0*"):
+        order: Literal["little", "big"] = "little" if data[:1] == b"I" else "big"
+        return int.from_bytes(data[4:8], order) >= len(data)
+    return False
+
+
+def _read_orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # broken metadata must not cost a good picture
+        return 1
+    return value if value in _TURNS else 1
+
+
+def _turn_box(box: Box, size: tuple[int, int], orientation: int) -> Box:
+    """Return ``box`` of an image of ``size`` after the turn that ``orientation`` asks for."""
+    left, top, right, bottom = box
+    width, height = size
+    if orientation in (2, 3, 7, 8):  # the stored left edge becomes the right or bottom one
+        left, right = width - right, width - left
+    if orientation in (3, 4, 6, 7):
+        top, bottom = height - bottom, height - top
+    return (top, left, bottom, right) if orientation >= 5 else (left, top, right, bottom)
+
+
+def _convert_to_rgb(image: Image.Image, *, composite: bool) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _scale_grey(image).convert("RGB")
+    if composite and image.has_transparency_data:
+        return _composite_over_white(image)
+    return image.convert("RGB")
+
+
+def _composite_over_white(image: Image.Image) -> Image.Image:
+    rgba = image.convert("RGBA")
+    alpha = rgba.getchannel("A")
+    if alpha.getextrema() == (255, 255):
+        return rgba.convert("RGB")
+    canvas = Image.new("RGB", rgba.size, (255, 255, 255))
+    canvas.paste(rgba.convert("RGB"), mask=alpha)
+    return canvas
+
+
+def _scale_grey(image: Image.Image) -> Image.Image:
+    """Return deep grey (16-bit, 32-bit integer, floating point) as 8-bit grey."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        values = np.nan_to_num(values, nan=0.0, posinf=np.inf, neginf=-np.inf)
+        unit = values.min() >= 0 and values.max() <= 1
+        scaled = np.clip(values * 255 if unit else values, 0, 255) + 0.5
+        return Image.fromarray(scaled.astype(np.uint8))
+    low, high = int(values.min()), int(values.max())
+    if low >= 0 and high <= 65535:
+        return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    stretched = (values.astype(np.float64) - low) * (255 / (high - low)) + 0.5
+    return Image.fromarray(stretched.astype(np.uint8))
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_START_POLL_S = 0.1
+
+
+class _Task:
+    """One call on its way through the pool; its fields change under the pool's lock only."""
+
+    __slots__ = ("call", "error", "result", "settled", "started_s")
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.call = call
+        self.started_s = 0.0
+        self.settled = False
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def settle(self, result: Any = None, error: BaseException | None = None) -> None:
+        self.result, self.error, self.settled = result, error, True
+
+
+class DecodePool:
+    """Threads that decode images in order, each image within a time limit.
+
+    The limit counts from the start of an image's own work. A thread that overruns it is left
+    behind and replaced, so a decoder that hangs costs its own row and nothing else. The threads
+    are daemons and never hold up the end of the process. Several callers may share a pool.
+
+    Attributes:
+        abandoned: Number of threads left behind so far.
+    """
+
+    def __init__(self, threads: int, *, timeout_s: float = 30.0) -> None:
+        """Start the threads; with 0 the caller's own thread decodes and no limit is held."""
+        self.abandoned = 0
+        self._threads = threads
+        self._timeout_s = timeout_s
+        self._queue: SimpleQueue[_Task | None] = SimpleQueue()
+        self._changed = threading.Condition()
+        self._running: set[_Task] = set()
+        for _ in range(threads):
+            self._start_thread()
+
+    def __enter__(self) -> "DecodePool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the threads end once the queue is empty; does not wait for them."""
+        for _ in range(self._threads):
+            self._queue.put(None)
+
+    def map_images(
+        self, items: Iterable[Item], decode: Callable[[Item], Result]
+    ) -> Iterator[Result | RecordError]:
+        """Yield ``decode(item)`` for each item, in order.
+
+        ``items`` is read ahead by twice the number of threads, no further. A ``RecordError`` that
+        ``decode`` raises is yielded in the item's place, and so is one for an image that takes
+        too long; any other exception is raised here.
+        """
+        pending: deque[_Task] = deque()
+        try:
+            for item in items:
+                pending.append(_Task(partial(decode, item)))
+                self._submit(pending[-1])
+                if len(pending) > 2 * self._threads:
+                    yield self._wait(pending.popleft())
+            while pending:
+                yield self._wait(pending.popleft())
+        finally:
+            self._cancel(pending)
+
+    def _submit(self, task: _Task) -> None:
+        if self._threads:
+            self._queue.put(task)
+        else:
+            task.settle(*_call(task.call))
+
+    def _cancel(self, tasks: Iterable[_Task]) -> None:
+        with self._changed:
+            for task in tasks:
+                if task not in self._running:
+                    task.settle()
+
+    def _wait(self, task: _Task) -> Any:
+        with self._changed:
+            while not task.settled:
+                self._changed.wait(self._settle_overdue(task))
+        if task.error is None or isinstance(task.error, RecordError):
+            return task.error or task.result
+        raise task.error
+
+    def _settle_overdue(self, waited_for: _Task) -> float:
+        """Give up on calls that overran; return how long to wait before looking again."""
+        now_s = time.monotonic()
+        overdue = [t for t in self._running if now_s - t.started_s >= self._timeout_s]
+        for task in overdue:
+            reason = f"decoding took longer than {self._timeout_s:g} s"
+            task.settle(error=RecordError("unreadable", reason))
+            self._running.remove(task)
+            self.abandoned += 1
+            self._start_thread()
+        if overdue:
+            self._changed.notify_all()
+        if waited_for.settled:
+            return 0.0
+        earliest_s = min((task.started_s for task in self._running), default=None)
+        if earliest_s is None:
+            return min(self._timeout_s, _START_POLL_S)
+        return earliest_s + self._timeout_s - now_s
+
+    def _start_thread(self) -> None:
+        threading.Thread(target=self._work, name="decode", daemon=True).start()
+
+    def _work(self) -> None:
+        while (task := self._queue.get()) is not None:
+            with self._changed:
+                if task.settled:
+                    continue
+                task.started_s = time.monotonic()
+                self._running.add(task)
+            result, error = _call(task.call)
+            with self._changed:
+                if task not in self._running:
+                    return  # given up on; another thread has taken this one's place
+                self._running.remove(task)
+                task.settle(result, error)
+                self._changed.notify_all()
+
+
+def _call(call: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+    try:
+        return call(), None
+    except BaseException as error:  # handed to the caller's thread, which raises it
+        return None, error

@@ -1,0 +1,149 @@
+"""One shard to chunks: tar archives, Parquet files, bundles of loose images.
+
+Everything streams: at most one chunk and one image are in memory, whatever the shard's size. What
+is wrong with one image becomes its record's status; a container that cannot be read further keeps
+what was read before and closes with one record of status ``bad_shard``.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from pipeline.containers.found import BrokenContainerError, FoundImage, ReadOptions
+from pipeline.containers.tar import read_tar
+from pipeline.errors import ObjectChangedError, ObjectMissingError
+from pipeline.images import describe_excess_bytes
+from pipeline.records import Chunk, Member, Record, Shard, ShardKind
+from pipeline.storage import Storage
+
+_FETCH_THREADS = 16
+
+
+def read_chunks(shard: Shard, *, storage: Storage, options: ReadOptions) -> Iterator[Chunk]:
+    """Read a shard as chunks, in order; the final one has ``last`` set.
+
+    The same shard gives the same chunks every time: keys, rows and cuts depend on its content and
+    ``options`` alone. Rows count from 0 without gaps. A shard without images is one empty chunk.
+    Notes count ``ignored_members``, ``oversized_sidecars``, ``missing_columns`` and
+    ``duplicate_keys``.
+
+    Raises:
+        SettingsError: ``options`` name Parquet columns that are not there or not of a fitting
+            type.
+        StorageError: Storage failed for good; nothing is said about the shard then.
+    """
+    notes: Counter[str] = Counter()
+    records = _number_records(shard, storage, options, notes)
+    return _cut_chunks(shard.id, records, options, notes)
+
+
+def _cut_chunks(
+    shard_id: str, records: Iterator[Record], options: ReadOptions, notes: Counter[str]
+) -> Iterator[Chunk]:
+    chunk: list[Record] = []
+    index = size_bytes = 0
+    for record in records:
+        full = size_bytes + len(record.data) > options.chunk_bytes
+        if chunk and (full or len(chunk) == options.chunk_images):
+            yield Chunk(shard_id, index, chunk, last=False)
+            chunk, size_bytes, index = [], 0, index + 1
+        chunk.append(record)
+        size_bytes += len(record.data)
+    yield Chunk(shard_id, index, chunk, last=True, notes=dict(notes))
+
+
+def _number_records(
+    shard: Shard, storage: Storage, options: ReadOptions, notes: Counter[str]
+) -> Iterator[Record]:
+    row = 0
+    names = _UniqueNames(notes)
+    try:
+        for found in _FINDERS[shard.kind](shard, storage, options, notes):
+            name = names.add(found.name)
+            uri = shard.members[row].uri if shard.kind == "bundle" else shard.source
+            yield Record(
+                key=f"{shard.name}/{name}" if shard.name else name,
+                row=row,
+                shard=uri,
+                data=found.data,
+                offset=found.offset,
+                carried=dict.fromkeys(options.carry) | dict(found.carried),
+                status=found.status,
+                error=found.error,
+            )
+            row += 1
+    except BrokenContainerError as error:
+        carried = dict.fromkeys(options.carry)
+        reason = f"{error}; {row:,} rows come before"
+        yield Record(shard.name, row, shard.source, b"", None, carried, "bad_shard", reason)
+
+
+class _UniqueNames:
+    """Gives a name that is used again the suffix ``#2``, ``#3`` and so on."""
+
+    def __init__(self, notes: Counter[str]) -> None:
+        self._notes = notes
+        self._seen: set[str] = set()
+        self._uses: dict[str, int] = {}
+
+    def add(self, name: str) -> str:
+        unique = name
+        while unique in self._seen:
+            self._uses[name] = self._uses.get(name, 1) + 1
+            unique = f"{name}#{self._uses[name]}"
+        if unique is not name:
+            self._notes["duplicate_keys"] += 1
+        self._seen.add(unique)
+        return unique
+
+
+def _find_in_tar(
+    shard: Shard, storage: Storage, options: ReadOptions, notes: Counter[str]
+) -> Iterator[FoundImage]:
+    try:
+        with storage.open_stream(shard.source, version=shard.version or None) as stream:
+            yield from read_tar(stream, options=options, notes=notes)
+    except (ObjectMissingError, ObjectChangedError) as error:
+        raise BrokenContainerError(f"it went away while it was read: {error}") from error
+
+
+def _find_in_bundle(
+    shard: Shard, storage: Storage, options: ReadOptions, _notes: Counter[str]
+) -> Iterator[FoundImage]:
+    """Fetch the members of a bundle, several at a time and at most a chunk's bytes ahead."""
+    pool = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="fetch")
+    pending: deque[tuple[Future[FoundImage], int]] = deque()
+    ahead_bytes = 0
+    try:
+        for member in shard.members:
+            while pending and (
+                len(pending) == 2 * _FETCH_THREADS
+                or ahead_bytes + member.size_bytes > options.chunk_bytes
+            ):
+                future, size_bytes = pending.popleft()
+                ahead_bytes -= size_bytes
+                yield future.result()
+            pending.append((pool.submit(_fetch, member, storage, options), member.size_bytes))
+            ahead_bytes += member.size_bytes
+        while pending:
+            yield pending.popleft()[0].result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _fetch(member: Member, storage: Storage, options: ReadOptions) -> FoundImage:
+    if member.size_bytes > options.max_image_bytes:
+        reason = describe_excess_bytes(member.size_bytes, options.max_image_bytes)
+        return FoundImage(member.key, b"", 0, status="too_large", error=reason)
+    version = member.version or None
+    try:
+        data = storage.read_range(member.uri, 0, member.size_bytes, version=version)
+    except (ObjectMissingError, ObjectChangedError) as error:
+        reason = f"it went away while it was read: {error}"
+        return FoundImage(member.key, b"", 0, status="unreadable", error=reason)
+    return FoundImage(member.key, data, 0)
+
+
+_Finder = Callable[[Shard, Storage, ReadOptions, Counter[str]], Iterator[FoundImage]]
+
+_FINDERS: dict[ShardKind, _Finder] = {"tar": _find_in_tar, "bundle": _find_in_bundle}
