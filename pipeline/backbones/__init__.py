@@ -1,0 +1,74 @@
+"""The five backbones: native PyTorch, with the state dicts of their published checkpoints."""
+
+import os
+from typing import TypeAlias
+
+from pipeline.backbones.config import BackboneConfig
+from pipeline.backbones.cspdarknet import CspDarknet
+from pipeline.backbones.efficientnetv2 import EfficientNetV2
+from pipeline.backbones.fbnetv3 import FbNetV3
+from pipeline.backbones.optimize import optimize_for_inference
+from pipeline.backbones.registry import find_backbone, list_backbones
+from pipeline.backbones.resnetv2 import ResNetV2
+from pipeline.backbones.vovnet import VovNet
+from pipeline.backbones.weights import (
+    LoadedWeights,
+    apply_weights,
+    encode_weights,
+    load_weights,
+    save_weights,
+    weights_digest,
+)
+from pipeline.errors import SettingsError
+
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "LoadedWeights",
+    "create_backbone",
+    "encode_weights",
+    "find_backbone",
+    "list_backbones",
+    "load_weights",
+    "optimize_for_inference",
+    "save_weights",
+    "weights_digest",
+]
+
+Backbone: TypeAlias = CspDarknet | EfficientNetV2 | FbNetV3 | ResNetV2 | VovNet
+
+_PRETRAINED_CLASSES = 1000
+
+
+def create_backbone(
+    name: str,
+    *,
+    weights: str | os.PathLike[str] | LoadedWeights | None = "pretrained",
+    num_classes: int | None = None,
+    features_only: bool = False,
+) -> Backbone:
+    """Build a backbone, in evaluation mode on the CPU.
+
+    Args:
+        name: One of ``list_backbones()``.
+        weights: ``"pretrained"`` (the hub's), a path or URI of a checkpoint, ``"random:<seed>"``,
+            weights loaded before, or None for PyTorch's default initialisation.
+        num_classes: None for the 1000-way classifier of the weights; 0 for none, so that a call
+            returns the pooled embedding (B, embedding_dim); n for a classifier of n, which is the
+            checkpoint's if that has n classes, and a fresh one otherwise.
+        features_only: A call returns the list of feature maps that ``feature_info`` describes.
+
+    Raises:
+        UnknownBackboneError: No backbone has this name; the message names the nearest one.
+        WeightsError: The weights cannot be found, cannot be read, or do not fit.
+        SettingsError: ``num_classes`` is negative.
+    """
+    config = find_backbone(name)
+    if num_classes is not None and num_classes < 0:
+        raise SettingsError(f"num_classes is {num_classes}; use 0 for embeddings, or more")
+    classes = _PRETRAINED_CLASSES if num_classes is None else num_classes
+    backbone: Backbone = config.network(config, num_classes=classes, features_only=features_only)
+    if weights is not None:
+        loaded = weights if isinstance(weights, LoadedWeights) else load_weights(name, weights)
+        apply_weights(backbone, loaded, keep_classifier=num_classes is None)
+    return backbone.eval()
