@@ -6,12 +6,17 @@ what was read before and closes with one record of status ``bad_shard``.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from itertools import islice
+
+import pyarrow as pa
 
 from pipeline.containers.found import BrokenContainerError, FoundImage, ReadOptions
+from pipeline.containers.parquet import find_carried_fields, read_parquet, read_parquet_row
 from pipeline.containers.tar import read_tar
-from pipeline.errors import ObjectChangedError, ObjectMissingError
+from pipeline.errors import ObjectChangedError, ObjectMissingError, RecordError
 from pipeline.images import describe_excess_bytes
 from pipeline.records import Chunk, Member, Record, Shard, ShardKind
 from pipeline.storage import Storage
@@ -35,6 +40,65 @@ def read_chunks(shard: Shard, *, storage: Storage, options: ReadOptions) -> Iter
     notes: Counter[str] = Counter()
     records = _number_records(shard, storage, options, notes)
     return _cut_chunks(shard.id, records, options, notes)
+
+
+def carried_schema(shard: Shard, *, storage: Storage, carry: Sequence[str]) -> pa.Schema:
+    """Return the Arrow types that carried columns of a shard have in the output.
+
+    Text for tar archives and loose images; of a Parquet file only the footer is read.
+
+    Raises:
+        StorageError: Storage failed, or the shard is gone.
+    """
+    fields = [pa.field(name, pa.string()) for name in carry]
+    if shard.kind == "parquet" and carry:
+        with storage.open_random(shard.source) as file, suppress(BrokenContainerError):
+            fields = find_carried_fields(file, carry)
+    return pa.schema(fields)
+
+
+def read_record_bytes(
+    uri: str,
+    *,
+    row: int,
+    offset: int | None,
+    nbytes: int,
+    storage: Storage,
+    image_column: str | None = None,
+) -> bytes:
+    """Fetch one encoded image that was embedded before, from where its row says it lies.
+
+    One ranged read where the row has an offset. Without, a Parquet file is read as far as the
+    row's group, and a compressed archive from its start up to the image.
+
+    Args:
+        uri: The row's ``shard``.
+        row: The row's ``row``.
+        offset: The row's ``offset``.
+        nbytes: The row's ``nbytes``.
+        storage: How to reach it.
+        image_column: Parquet column with the images; found by its type where None.
+
+    Raises:
+        RecordError: There is no image there any more.
+        StorageError: Storage failed, or the object is gone.
+    """
+    if offset is not None:
+        return storage.read_range(uri, offset, nbytes)
+    options = ReadOptions(image_column=image_column)
+    try:
+        with storage.open_random(uri) as file:
+            is_parquet = file.read(4) == b"PAR1"
+            if is_parquet:
+                return read_parquet_row(file, row, uri=uri, options=options)
+        with storage.open_stream(uri) as stream:
+            images = read_tar(stream, options=options, notes=Counter())
+            found = next(islice(images, row, None), None)
+    except BrokenContainerError as error:
+        raise RecordError("unreadable", f"row {row:,} of {uri}: {error}") from error
+    if found is None or found.status != "ok":
+        raise RecordError("unreadable", f"{uri} has no image in row {row:,} any more")
+    return found.data
 
 
 def _cut_chunks(
@@ -100,9 +164,28 @@ class _UniqueNames:
 def _find_in_tar(
     shard: Shard, storage: Storage, options: ReadOptions, notes: Counter[str]
 ) -> Iterator[FoundImage]:
+    with (
+        _explaining_loss(),
+        storage.open_stream(shard.source, version=shard.version or None) as stream,
+    ):
+        yield from read_tar(stream, options=options, notes=notes)
+
+
+def _find_in_parquet(
+    shard: Shard, storage: Storage, options: ReadOptions, notes: Counter[str]
+) -> Iterator[FoundImage]:
+    with (
+        _explaining_loss(),
+        storage.open_random(shard.source, version=shard.version or None) as file,
+    ):
+        yield from read_parquet(file, uri=shard.source, options=options, notes=notes)
+
+
+@contextmanager
+def _explaining_loss() -> Iterator[None]:
+    """A shard that is deleted or replaced during a run is that shard's fault, not the run's."""
     try:
-        with storage.open_stream(shard.source, version=shard.version or None) as stream:
-            yield from read_tar(stream, options=options, notes=notes)
+        yield
     except (ObjectMissingError, ObjectChangedError) as error:
         raise BrokenContainerError(f"it went away while it was read: {error}") from error
 
@@ -146,4 +229,8 @@ def _fetch(member: Member, storage: Storage, options: ReadOptions) -> FoundImage
 
 _Finder = Callable[[Shard, Storage, ReadOptions, Counter[str]], Iterator[FoundImage]]
 
-_FINDERS: dict[ShardKind, _Finder] = {"tar": _find_in_tar, "bundle": _find_in_bundle}
+_FINDERS: dict[ShardKind, _Finder] = {
+    "tar": _find_in_tar,
+    "parquet": _find_in_parquet,
+    "bundle": _find_in_bundle,
+}

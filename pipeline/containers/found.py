@@ -49,3 +49,8 @@ class FoundImage:
 
 class BrokenContainerError(Exception):
     """The container cannot be read any further; what was found before stands."""
+
+
+def is_fault_of_data(error: Exception) -> bool:
+    """Tell damaged data from a failing disk or connection, which have an error number."""
+    return not isinstance(error, OSError) or error.errno is None

@@ -13,7 +13,12 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
-from pipeline.containers.found import BrokenContainerError, FoundImage, ReadOptions
+from pipeline.containers.found import (
+    BrokenContainerError,
+    FoundImage,
+    ReadOptions,
+    is_fault_of_data,
+)
 from pipeline.images import describe_excess_bytes
 from pipeline.shards import IMAGE_SUFFIXES
 
@@ -240,8 +245,8 @@ class _Tape:
         try:
             data = cast(bytes, self._source.read(nbytes))
         except (EOFError, zlib.error, lzma.LZMAError, OSError, pa.ArrowInvalid) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise  # a fault of the disk, not of the data
+            if not is_fault_of_data(error):
+                raise
             self._damage = f"damaged compression ({error})"
             data = b""
         self._ended = not data and nbytes > 0
