@@ -39,7 +39,7 @@ def run_job(
     try:
         report = action(parse_settings(settings_class, argv, prog=prog))
     except AbortError as error:
-        print_report(getattr(error, "report", None))
+        print_report(error.report)
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -49,7 +49,7 @@ def run_job(
     return 0
 
 
-def print_report(report: Report | None) -> None:
+def print_report(report: Any) -> None:
     """Print ``report`` as one line of JSON on standard output; nothing for None."""
     if report is not None:
         sys.stderr.flush()

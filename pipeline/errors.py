@@ -11,9 +11,15 @@ class PipelineError(Exception):
 
 
 class AbortError(PipelineError):
-    """The run cannot go on. ``exit_code`` is what a job exits with."""
+    """The run cannot go on.
+
+    Attributes:
+        exit_code: What a job exits with.
+        report: The job's report, where it got as far as having one.
+    """
 
     exit_code = 1
+    report: object | None = None
 
 
 class SettingsError(AbortError):

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 FORMAT_VERSION = 1
 
@@ -20,6 +22,9 @@ STATUSES = (
     "bad_shard",
 )
 """What became of a record. Everything but ``ok`` has a null embedding and a reason."""
+
+Classes = tuple[NDArray[np.int16], NDArray[np.float32]]
+"""Class indices, int16 (k,) or (B, k), and their probabilities, float32, best first."""
 
 
 def digest_json(value: object, *, length: int = 16) -> str:
@@ -107,6 +112,8 @@ class Layout:
         embedding_dtype: ``"float32"`` or ``"float16"``.
         top_k_classes: Classes kept per row; 0 leaves the two class columns out.
         carry: Names of the carried columns: sidecar extensions or Parquet columns.
+        image_column: Parquet column with the encoded images; None finds it by its type.
+        key_column: Parquet column with the keys; None takes the row number.
     """
 
     chunk_images: int
@@ -114,6 +121,8 @@ class Layout:
     embedding_dtype: Literal["float32", "float16"] = "float32"
     top_k_classes: int = 0
     carry: tuple[str, ...] = ()
+    image_column: str | None = None
+    key_column: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
@@ -155,21 +164,27 @@ class Shard:
             changed source is a new shard.
         kind: How to read it.
         source: URI of the object; of a bundle, the URI of its first member.
-        name: Path under the input root; prefix of its records' keys. Empty for a bundle.
+        root: The input it was found under, as a URI.
+        name: Path under the root; prefix of its records' keys. Empty for a bundle.
         size_bytes: Size as listed, summed over a bundle's members.
         version: Version as listed; a digest of the members' for a bundle.
+        modified_s: When the newest of it was changed, in seconds since 1970, if known.
         members: The images of a bundle in row order; empty otherwise.
         supersedes: Ids of the shards whose rows this one replaces.
+        folder: Where its parts go, under ``parts/``; its id, but for a shard embedded once more.
     """
 
     id: str
     kind: ShardKind
     source: str
+    root: str
     name: str
     size_bytes: int
     version: str
+    modified_s: float | None = None
     members: tuple[Member, ...] = ()
     supersedes: tuple[str, ...] = ()
+    folder: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +234,29 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class Embedding:
+    """What became of one image.
+
+    Attributes:
+        status: ``"ok"`` or why there is no vector, one of ``STATUSES``.
+        error: The reason when ``status`` is not ``"ok"``.
+        width: Width of the original image, pixels; None when it could not be decoded.
+        height: Height of the original image, pixels.
+        digest: First 16 bytes of the SHA-256 of the encoded image; None without any bytes.
+        vector: Pooled embedding, float32 (D,), not normalised.
+        classes: Indices, int16 (k,), and probabilities, float32 (k,), best first.
+    """
+
+    status: str
+    error: str | None = None
+    width: int | None = None
+    height: int | None = None
+    digest: bytes | None = None
+    vector: NDArray[np.float32] | None = None
+    classes: Classes | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class PartInfo:
     """One written part, as its commit records it.
 
@@ -246,6 +284,8 @@ class Commit:
         shard_id: The shard.
         kind: How its source is read.
         source: URI of the source object; of a bundle, of its first member.
+        root: The input it was found under, as a URI.
+        name: Path under the root; prefix of its records' keys. Empty for a bundle.
         version: Version of the source as listed.
         size_bytes: Size of the source as listed.
         space_id: The space of its vectors.
@@ -253,14 +293,18 @@ class Commit:
         members: A bundle's images, in row order.
         supersedes: Ids of the shards whose rows this commit replaces.
         notes: Counts that make no row.
+        sequence: Number of the run that committed it; of two commits that supersede each
+            other (a source that went back to an older version) the higher one is live.
         run_id: The run that committed it.
         committed_s: When, in seconds since 1970.
-        source_modified_s: Time of the newest image or object behind it, if known.
+        modified_s: When the newest of its source was changed, in seconds since 1970, if known.
     """
 
     shard_id: str
     kind: ShardKind
     source: str
+    root: str
+    name: str
     version: str
     size_bytes: int
     space_id: str
@@ -268,9 +312,10 @@ class Commit:
     members: tuple[Member, ...] = ()
     supersedes: tuple[str, ...] = ()
     notes: Mapping[str, int] = field(default_factory=dict)
+    sequence: int = 1
     run_id: str = ""
     committed_s: float = 0.0
-    source_modified_s: float | None = None
+    modified_s: float | None = None
 
     @property
     def rows(self) -> int:
@@ -298,7 +343,7 @@ class Commit:
         return cls(**known)
 
 
-def count_statuses(counts: "Any") -> dict[str, int]:
+def count_statuses(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     """Add up mappings of status to number of rows, in the order of ``STATUSES``."""
     totals: dict[str, int] = {}
     for mapping in counts:

@@ -1,0 +1,19 @@
+"""Image shards to embeddings: ``python jobs/embed.py --input URI --output URI --model NAME``."""
+
+import sys
+from collections.abc import Sequence
+
+from pipeline.cli import run_job
+from pipeline.config import EmbedConfig
+from pipeline.report import configure_logging
+from pipeline.run import embed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the embed job; return its exit code."""
+    configure_logging()
+    return run_job("embed", EmbedConfig, embed, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

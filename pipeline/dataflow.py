@@ -1,0 +1,425 @@
+"""DOOR to Ray Data: the graph, the actor, the committer.
+
+Read tasks stream shards and send *loads*: one Ray Data row with the encoded images of one or more
+chunks. Ray never splits or merges a row, so a chunk stays whole; only compressed bytes and
+receipts cross the object store. An actor embeds a load, writes its parts, and returns a receipt
+per chunk. The driver writes a shard's commit once its parts tile the shard.
+"""
+
+import logging
+import os
+import pickle
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from pipeline.config import EmbedConfig, parse_size
+from pipeline.containers.found import ReadOptions
+from pipeline.embedder import Embedder, EmbedderOptions
+from pipeline.errors import AccessError, SettingsError, StorageError
+from pipeline.images import ImageLimits
+from pipeline.parts import OutputInfo, build_part, write_part
+from pipeline.readers import read_chunks
+from pipeline.records import Chunk, PartInfo, Shard
+from pipeline.storage import Storage, join_uri
+
+_READ_CPUS = 0.05
+_TASK_BYTES = 256 * 2**20
+_LOAD_COLUMN_HEADER = "header"
+_LOAD_COLUMN_IMAGES = "images"
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What the driver learns of a chunk; small, and the same however often it is sent.
+
+    Attributes:
+        shard_id: The shard.
+        chunk: Position among the shard's chunks; -1 when the shard could not be read at all.
+        last: True on the shard's final chunk.
+        num_records: Records that the reader found in the chunk.
+        part: The written part; None for a shard without records, or one that failed.
+        nbytes: Encoded bytes of its images.
+        seconds: Time by stage.
+        notes: The reader's counts, on the last chunk.
+        error: Why the shard could not be read; it stays uncommitted.
+        batch_size: The embedder's batch size by then.
+    """
+
+    shard_id: str
+    chunk: int
+    last: bool
+    num_records: int = 0
+    part: PartInfo | None = None
+    nbytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
+    error: str | None = None
+    batch_size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FlowSettings:
+    """Everything that read tasks and actors need; small, plain and picklable.
+
+    Attributes:
+        output: The output.
+        info: Its space and layout.
+        weights: URI of the checkpoint.
+        storage: How to reach storage.
+        read: How shards are cut into chunks.
+        embedder: Device, batch size, limits.
+    """
+
+    output: str
+    info: OutputInfo
+    weights: str
+    storage: Storage
+    read: ReadOptions
+    embedder: EmbedderOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What the run's actors are given.
+
+    Attributes:
+        actors: Number of embedder actors.
+        cpus: CPU cores of each.
+        gpus: GPUs of each; 0 embeds on the CPU.
+    """
+
+    actors: int
+    cpus: float
+    gpus: float
+
+
+@contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """Be part of a Ray cluster; ends it afterwards if it was started here.
+
+    Joins ``address``, else the cluster that ``RAY_ADDRESS`` names (``ray job submit`` sets it),
+    else starts one on this machine. Ray's chatter is kept off the terminal.
+
+    Raises:
+        SettingsError: No cluster answers at ``address``.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    target = address or os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {"include_dashboard": False} if target == "local" else {}
+    try:
+        ray.init(address=target, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except ConnectionError as error:
+        raise SettingsError(
+            f"no Ray cluster answers at {target!r} ({error}); check --ray-address or RAY_ADDRESS"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def choose_resources(config: EmbedConfig) -> Resources:
+    """Return the actors that fit the cluster: one per GPU, otherwise one per CPU core.
+
+    Read tasks need a share of the cores as well, or nothing would ever be read: an actor is
+    given slightly less than its cores, in Ray's books only.
+    """
+    have = ray.cluster_resources()
+    cpus, gpus = have.get("CPU", 1.0), have.get("GPU", 0.0)
+    gpus_each = config.gpus_per_actor
+    if gpus_each is None:
+        gpus_each = 1.0 if gpus else 0.0
+    if gpus_each:
+        actors = config.actors or max(1, int(gpus / gpus_each))
+        cpus_each = config.cpus_per_actor or max(1.0, cpus / actors)
+    else:
+        cpus_each = config.cpus_per_actor or 1.0
+        actors = config.actors or max(1, int(cpus / cpus_each))
+    return Resources(actors, cpus_each, gpus_each)
+
+
+def run_flow(
+    shards: Sequence[Shard], settings: FlowSettings, resources: Resources
+) -> Generator[Receipt, None, None]:
+    """Embed shards on the cluster; yield a receipt per chunk, in the order they are done.
+
+    A receipt may come twice, after a fault; the part behind it has the same rows then. Closing
+    the iterator stops the run.
+    """
+    _configure_data()
+    groups = group_shards(shards, num_groups=4 * resources.actors)
+    source = _ShardDatasource(groups, settings)
+    dataset = ray.data.read_datasource(
+        source, override_num_blocks=len(groups), num_cpus=_READ_CPUS
+    ).map_batches(
+        _EmbedActor,
+        fn_constructor_kwargs={"settings": settings, "threads": _count_threads(resources)},
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        compute=_choose_pool(resources),
+        num_cpus=0.9 * resources.cpus,
+        num_gpus=resources.gpus or None,
+    )
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for data in batch.column("receipt").to_pylist():
+            yield pickle.loads(data)
+
+
+def _configure_data() -> None:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # A load is a block of its own: one actor call, and nothing waits for a block to fill up.
+    context.target_max_block_size = 1
+    context.target_min_block_size = 1
+    context.actor_init_max_retries = 0
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _count_threads(resources: Resources) -> int:
+    return max(1, round(resources.cpus))
+
+
+def _choose_pool(resources: Resources) -> ray.data.ActorPoolStrategy:
+    if not resources.gpus:
+        return ray.data.ActorPoolStrategy(
+            min_size=1, max_size=resources.actors, initial_size=resources.actors
+        )
+    # Two chunks in an actor at once: one is decoded while the other is in the forward pass.
+    return ray.data.ActorPoolStrategy(
+        min_size=1,
+        max_size=resources.actors,
+        initial_size=resources.actors,
+        max_concurrent_calls_per_actor=2,
+        max_tasks_in_flight_per_actor=4,
+        enable_true_multi_threading=True,
+    )
+
+
+def group_shards(shards: Sequence[Shard], *, num_groups: int) -> list[list[Shard]]:
+    """Deal shards out to read tasks: a large one alone, many small ones together.
+
+    Keeps the order. Groups hold at most 256 MiB, and less where that would leave fewer than
+    ``num_groups`` of them.
+    """
+    total = sum(shard.size_bytes for shard in shards)
+    most = min(_TASK_BYTES, max(1, total // max(1, num_groups)))
+    groups: list[list[Shard]] = []
+    size = most
+    for shard in shards:
+        if size + shard.size_bytes > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(shard)
+        size += shard.size_bytes
+    return groups
+
+
+class _ShardDatasource(Datasource):  # type: ignore[misc]
+    """One read task per group of shards."""
+
+    def __init__(self, groups: Sequence[Sequence[Shard]], settings: FlowSettings) -> None:
+        super().__init__()
+        self._groups = groups
+        self._settings = settings
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return sum(shard.size_bytes for group in self._groups for shard in group)
+
+    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
+        return [self._make_task(group) for group in self._groups]
+
+    def _make_task(self, group: Sequence[Shard]) -> ReadTask:
+        settings = self._settings
+        size = sum(shard.size_bytes for shard in group)
+        metadata = BlockMetadata(num_rows=None, size_bytes=size, input_files=None, exec_stats=None)
+        return ReadTask(lambda: read_loads(group, settings), metadata, _LOAD_SCHEMA)
+
+
+_LOAD_SCHEMA = pa.schema(
+    [
+        pa.field(_LOAD_COLUMN_HEADER, pa.binary()),
+        pa.field(_LOAD_COLUMN_IMAGES, pa.list_(pa.large_binary())),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """A shard that storage would not give; travels in place of its chunks."""
+
+    shard_id: str
+    error: str
+
+
+def read_loads(shards: Iterable[Shard], settings: FlowSettings) -> Iterator[pa.Table]:
+    """Read shards as loads: chunks of small shards travel together, up to a chunk's bounds."""
+    load: list[tuple[Shard, Chunk] | _Failed] = []
+    num_images = nbytes = 0
+    for item in _read_shards(shards, settings):
+        records = [] if isinstance(item, _Failed) else item[1].records
+        size = sum(len(record.data) for record in records)
+        full = num_images + len(records) > settings.read.chunk_images
+        if load and (full or nbytes + size > settings.read.chunk_bytes):
+            yield _pack_load(load)
+            load, num_images, nbytes = [], 0, 0
+        load.append(item)
+        num_images += len(records)
+        nbytes += size
+    if load:
+        yield _pack_load(load)
+
+
+def _read_shards(
+    shards: Iterable[Shard], settings: FlowSettings
+) -> Iterator[tuple[Shard, Chunk] | _Failed]:
+    for shard in shards:
+        try:
+            for chunk in read_chunks(shard, storage=settings.storage, options=settings.read):
+                yield shard, chunk
+        except AccessError:
+            raise  # no other shard will fare better
+        except StorageError as error:
+            yield _Failed(shard.id, str(error))
+
+
+def _pack_load(load: Sequence[tuple[Shard, Chunk] | _Failed]) -> pa.Table:
+    """Return a table of one row: the chunks without their image bytes, and the bytes."""
+    headers: list[Any] = []
+    images: list[bytes] = []
+    for item in load:
+        if isinstance(item, _Failed):
+            headers.append(item)
+            continue
+        shard, chunk = item
+        images += [record.data for record in chunk.records]
+        bare = [replace(record, data=b"") for record in chunk.records]
+        headers.append((replace(shard, members=()), replace(chunk, records=bare)))
+    columns = [pa.array([pickle.dumps(headers)], pa.binary())]
+    columns.append(pa.array([images], pa.list_(pa.large_binary())))
+    return pa.table(columns, schema=_LOAD_SCHEMA)
+
+
+def _unpack_load(header: bytes, images: Iterator[bytes]) -> list[tuple[Shard, Chunk] | _Failed]:
+    load: list[tuple[Shard, Chunk] | _Failed] = []
+    for item in pickle.loads(header):
+        if isinstance(item, _Failed):
+            load.append(item)
+            continue
+        shard, chunk = item
+        records = [replace(record, data=next(images)) for record in chunk.records]
+        load.append((shard, replace(chunk, records=records)))
+    return load
+
+
+class _EmbedActor:
+    """A process with an embedder; turns loads into parts and receipts."""
+
+    def __init__(self, settings: FlowSettings, threads: int) -> None:
+        options = settings.embedder
+        on_gpu = bool(ray.get_gpu_ids())
+        if not on_gpu:
+            options = replace(options, device="cpu", torch_threads=threads)
+        self._settings = settings
+        self._embedder = Embedder(
+            settings.info.space,
+            weights=settings.weights,
+            options=options,
+            storage=settings.storage,
+        )
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        receipts: list[Receipt] = []
+        images = batch.column(_LOAD_COLUMN_IMAGES)
+        for i, header in enumerate(batch.column(_LOAD_COLUMN_HEADER).to_pylist()):
+            values = (value.as_py() for value in images[i].values)
+            receipts += self._embed_load(_unpack_load(header, values))
+        return pa.table({"receipt": pa.array(map(pickle.dumps, receipts), pa.binary())})
+
+    def _embed_load(self, load: Sequence[tuple[Shard, Chunk] | _Failed]) -> Iterator[Receipt]:
+        items = [item for item in load if not isinstance(item, _Failed)]
+        for item in load:
+            if isinstance(item, _Failed):
+                yield Receipt(item.shard_id, -1, True, error=item.error)
+        records = [record for _, chunk in items for record in chunk.records]
+        outcome = self._embedder.embed(records)
+        embeddings = iter(outcome.embeddings)
+        for shard, chunk in items:
+            own = [next(embeddings) for _ in chunk.records]
+            start_s = time.perf_counter()
+            part = self._write(shard, chunk, own)
+            seconds = {"write": time.perf_counter() - start_s} | outcome.seconds
+            outcome = replace(outcome, seconds={})  # counted once a load
+            yield Receipt(
+                shard.id,
+                chunk.index,
+                chunk.last,
+                num_records=len(chunk.records),
+                part=part,
+                nbytes=sum(len(record.data) for record in chunk.records),
+                seconds=seconds,
+                notes=dict(chunk.notes),
+                batch_size=self._embedder.batch_size,
+            )
+
+    def _write(self, shard: Shard, chunk: Chunk, embeddings: Sequence[Any]) -> PartInfo | None:
+        if not chunk.records:
+            return None
+        settings = self._settings
+        table = build_part(chunk.records, embeddings, settings.info.schema)
+        return write_part(
+            settings.output,
+            table,
+            folder=shard.folder,
+            chunk=chunk.index,
+            space_id=settings.info.space.id,
+            storage=settings.storage,
+        )
+
+
+def make_flow_settings(
+    config: EmbedConfig, info: OutputInfo, resources: Resources, storage: Storage
+) -> FlowSettings:
+    """Gather what read tasks and actors need from a run's settings."""
+    limits = ImageLimits(
+        max_pixels=config.max_pixels,
+        max_image_bytes=parse_size(config.max_image_bytes, setting="max_image_bytes"),
+    )
+    on_gpu = resources.gpus > 0
+    return FlowSettings(
+        output=config.output,
+        info=info,
+        weights=join_uri(config.output, info.weights),
+        storage=storage,
+        read=ReadOptions(
+            chunk_images=info.layout.chunk_images,
+            chunk_bytes=info.layout.chunk_bytes,
+            max_image_bytes=limits.max_image_bytes,
+            carry=info.layout.carry,
+            image_column=info.layout.image_column,
+            key_column=info.layout.key_column,
+        ),
+        embedder=EmbedderOptions(
+            device="cuda" if on_gpu else "cpu",
+            batch_size=config.batch_size or (128 if on_gpu else 16),
+            decode_threads=_count_threads(resources),
+            limits=limits,
+            image_timeout_s=config.image_timeout_s,
+            top_k_classes=info.layout.top_k_classes,
+            embedding_dtype=info.layout.embedding_dtype,
+        ),
+    )
