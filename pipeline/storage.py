@@ -156,7 +156,8 @@ class Storage:
         uri = normalise_uri(uri)
         store = self._store(uri)
         if isinstance(store, LocalStore):
-            return self._try("open", uri, lambda _: store.open(uri, version))
+            size = _READ_AHEAD_BYTES // 8
+            return self._try("open", uri, lambda _: store.open(uri, version, buffer_bytes=size))
         reader = ObjectReader(self._fetcher(uri), size_bytes=None, version=version)
         stream = io.BufferedReader(reader, _READ_AHEAD_BYTES)
         stream.peek(1)  # a missing object shows here rather than at some later read
@@ -172,7 +173,8 @@ class Storage:
         uri = normalise_uri(uri)
         store = self._store(uri)
         if isinstance(store, LocalStore):
-            return self._try("open", uri, lambda _: store.open(uri, version))
+            size = io.DEFAULT_BUFFER_SIZE
+            return self._try("open", uri, lambda _: store.open(uri, version, buffer_bytes=size))
         info = self.stat(uri)
         reader = ObjectReader(
             self._fetcher(uri), size_bytes=info.size_bytes, version=version or info.version
@@ -276,7 +278,9 @@ class Storage:
         )
 
     def _store(self, uri: str) -> Store:
-        return _connect(os.getpid(), _split_protocol(uri)[0], self.options)
+        # Connections survive neither a fork nor new credentials in the environment.
+        environment = hash(tuple(item for item in os.environ.items() if item[0][:4] == "AWS_"))
+        return _connect((os.getpid(), environment), _split_protocol(uri)[0], self.options)
 
 
 def normalise_uri(text: str) -> str:
@@ -319,8 +323,7 @@ def _copy_to(*, source: BinaryIO, local_path: Path) -> None:
 
 
 @functools.lru_cache(maxsize=32)
-def _connect(_pid: int, protocol: str, options: StorageOptions) -> Store:
-    """Return the process's store; connections do not survive a fork, hence the process id."""
+def _connect(_place: tuple[int, int], protocol: str, options: StorageOptions) -> Store:
     if protocol == "file":
         return LocalStore()
     if protocol == "s3":
@@ -335,16 +338,11 @@ def _connect(_pid: int, protocol: str, options: StorageOptions) -> Store:
 
 
 def _connect_s3(options: StorageOptions) -> Any:
-    endpoint = options.endpoint_url
-    if endpoint and urlsplit(endpoint).username:
-        raise SettingsError(
-            "endpoint_url holds credentials; set them as AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY in the environment"
-        )
+    _check_endpoint(options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL"))
     filesystem = fsspec.filesystem(
         "s3",
         anon=options.anonymous,
-        endpoint_url=endpoint,
+        endpoint_url=options.endpoint_url,
         profile=options.profile,
         requester_pays=options.requester_pays,
         config_kwargs={
@@ -362,3 +360,14 @@ def _connect_s3(options: StorageOptions) -> Any:
     )
     filesystem.retries = 1
     return filesystem
+
+
+def _check_endpoint(endpoint: str | None) -> None:
+    parts = urlsplit(endpoint or "https://aws")
+    if parts.username or parts.password:
+        raise SettingsError(
+            "the S3 endpoint's URL holds credentials; set them as AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY in the environment"
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise SettingsError(f"the S3 endpoint is {endpoint!r}; write it as https://host:port")

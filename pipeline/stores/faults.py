@@ -61,6 +61,7 @@ _CREDENTIAL_ERRORS = (
 _PASSING_ERRORS = (
     ConnectionError,
     TimeoutError,
+    boto.ConnectionError,
     boto.HTTPClientError,
     boto.IncompleteReadError,
     ResponseParserError,
@@ -164,7 +165,8 @@ def code_of(error: BaseException) -> str | None:
 def _translate_response(response: dict[str, Any], *, action: str, uri: str) -> PipelineError:
     code = str(response["Error"].get("Code", ""))
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
-    said = f"{code}: {response['Error'].get('Message', 'no message')}"
+    reason = str(response["Error"].get("Message", "")).rstrip(".")
+    said = ": ".join(filter(None, [code or f"status {status}", reason]))
     cannot = f"cannot {action} {uri!r}: the store says {said}"
     if code in _PASSING_CODES or status in (408, 429) or (status >= 500 and status != 501):
         return RetryError(said)

@@ -4,19 +4,15 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import re
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from pipeline.errors import ConflictError, ObjectChangedError, StorageError
 from pipeline.records import ObjectInfo
+from pipeline.stores.names import is_listed, name_lock, name_unfinished
 from pipeline.stores.spans import Span
-
-_HIDDEN_NAME = re.compile(r"\.~(?:lock-)?[0-9a-f]{32}")
-"""Unfinished and lock files: never listed."""
 
 _COPY_BYTES = 1 << 20
 
@@ -40,15 +36,15 @@ class LocalStore:
 
     def fetch(self, uri: str, start: int, stop: int | None, version: str | None) -> Span:
         """Return bytes [start, stop) of one version of a file."""
-        with self.open(uri, version) as file:
+        with self.open(uri, version, buffer_bytes=0) as file:
             info = _describe(uri, os.fstat(file.fileno()))
             file.seek(start)
             data = file.read(-1 if stop is None else stop - start)
         return Span(data, info.size_bytes, info.version)
 
-    def open(self, uri: str, version: str | None) -> BinaryIO:
+    def open(self, uri: str, version: str | None, *, buffer_bytes: int) -> BinaryIO:
         """Open a file; what replaces it later does not show through the open file."""
-        file = open(uri, "rb", buffering=_COPY_BYTES)  # noqa: PTH123, SIM115
+        file = cast(BinaryIO, open(uri, "rb", buffering=buffer_bytes))  # noqa: PTH123, SIM115
         found = _describe(uri, os.fstat(file.fileno())).version
         if version is not None and version != found:
             file.close()
@@ -106,7 +102,7 @@ def write_atomically(path: Path) -> Iterator[BinaryIO]:
     A short hidden name in the same folder: the same file system, and never too long.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.parent / f".~{uuid.uuid4().hex}"
+    unfinished = path.parent / name_unfinished()
     try:
         with unfinished.open("xb") as file:
             yield file
@@ -131,9 +127,8 @@ def _sync_folder(folder: Path) -> None:
 def _lock(path: Path) -> Iterator[None]:
     """Hold the lock of ``path`` among processes; the kernel frees it if the holder dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    name = hashlib.sha256(path.name.encode()).hexdigest()[:32]
     # A file of its own, never deleted: a lock on the object itself would go with its replacement.
-    with (path.parent / f".~lock-{name}").open("ab") as file:
+    with (path.parent / name_lock(path.name)).open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -149,7 +144,7 @@ def _walk(folder: str, *, ancestors: frozenset[tuple[int, int]]) -> Iterator[Obj
             try:
                 if entry.is_dir():
                     yield from _walk(entry.path, ancestors=ancestors | {identity})
-                elif entry.is_file() and not _HIDDEN_NAME.fullmatch(entry.name):
+                elif entry.is_file() and is_listed(entry.name):
                     yield _describe(entry.path, entry.stat())
             except FileNotFoundError:
                 continue  # deleted since the folder was read

@@ -96,9 +96,13 @@ class OtherStore:
     def _describe(self, info: dict[str, Any]) -> ObjectInfo:
         path = info["name"].removeprefix(f"{self._protocol}://").lstrip("/")
         changed = next((info[field] for field in _TIME_FIELDS if info.get(field)), None)
+        # Listings and look-ups of one file system give the time in different types.
+        modified_s = changed.timestamp() if isinstance(changed, datetime) else changed
         traits = {field: str(info[field]) for field in _VERSION_FIELDS if info.get(field)}
-        traits |= {"size": str(info["size"]), "changed": str(changed)}
-        modified_s = changed.timestamp() if isinstance(changed, datetime) else None
+        traits |= {"size": str(info["size"]), "changed": str(modified_s)}
         return ObjectInfo(
-            f"{self._protocol}://{path}", info["size"], digest_json(traits), modified_s
+            uri=f"{self._protocol}://{path}",
+            size_bytes=info["size"],
+            version=digest_json(traits),
+            modified_s=modified_s if isinstance(modified_s, float) else None,
         )

@@ -4,18 +4,15 @@ import asyncio
 import math
 from collections.abc import Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.errors import (
-    ConflictError,
-    ObjectChangedError,
-    ObjectMissingError,
-    RetryError,
-    StorageError,
-)
+from pipeline.errors import ObjectChangedError, ObjectMissingError, RetryError, StorageError
 from pipeline.records import ObjectInfo
 from pipeline.stores import faults
+from pipeline.stores.conditions import ConditionalWrites
+from pipeline.stores.names import is_listed
 from pipeline.stores.spans import Span
 
 T = TypeVar("T")
@@ -33,6 +30,7 @@ class S3Store:
     def __init__(self, filesystem: Any, *, attempts: int) -> None:
         self._filesystem = filesystem
         self._attempts = attempts
+        self._conditional = ConditionalWrites(self, attempts=attempts)
 
     def list_objects(self, uri: str) -> list[ObjectInfo]:
         """Return the objects under ``uri/``, or else the object ``uri`` itself."""
@@ -78,20 +76,26 @@ class S3Store:
 
     def put(self, uri: str, data: bytes) -> None:
         """Write an object."""
-        bucket, key = _split_object(uri)
-        self._call("put_object", Bucket=bucket, Key=key, Body=data)
+        self.write(uri, data, {})
 
     def put_if(self, uri: str, data: bytes, version: str | None) -> str:
         """Write if the etag is still ``version``, or nothing is there where None."""
+        if version is None:
+            return self._conditional.create(uri, data)
+        return self._conditional.replace(uri, data, version)
+
+    def write(self, uri: str, data: bytes, condition: dict[str, str]) -> str:
+        """Write an object under the condition of its headers; return its etag."""
         bucket, key = _split_object(uri)
-        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": f'"{version}"'}
-        try:
-            answer = self._call("put_object", Bucket=bucket, Key=key, Body=data, **condition)
-        except FileNotFoundError as error:
-            if version is None or faults.code_of(error) == "NoSuchBucket":
-                raise
-            raise ConflictError(f"cannot write {uri!r}: it is gone; read it again") from error
+        answer = self._call("put_object", Bucket=bucket, Key=key, Body=data, **condition)
         return _strip(answer["ETag"])
+
+    def find_age(self, uri: str) -> float:
+        """Return the seconds since an object was written, both times by the store's clock."""
+        bucket, key = _split_object(uri)
+        head = self._call("head_object", Bucket=bucket, Key=key)
+        now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
+        return float((now - head["LastModified"]).total_seconds())
 
     def conditional_version(self, _data: bytes, version: str) -> str:
         """Return the version that ``put_if`` compares: the etag."""
@@ -155,7 +159,7 @@ class S3Store:
                 attempts=self._attempts,
             )
             objects = page.get("Contents", ())
-            found.extend(_describe(bucket, o) for o in objects if not o["Key"].endswith("/"))
+            found.extend(_describe(bucket, o) for o in objects if is_listed(o["Key"]))
             if not page.get("IsTruncated"):
                 return found
             request["ContinuationToken"] = page["NextContinuationToken"]
