@@ -44,6 +44,14 @@ class SpaceMismatchError(SettingsError):
     """Vectors of two spaces would meet; the message names the fields that differ."""
 
 
+class QueryError(SettingsError):
+    """A search was asked for something that the index cannot answer."""
+
+
+class UnknownKeyError(QueryError):
+    """A key that the index does not hold; the message names the nearest ones."""
+
+
 class TooManyFailuresError(AbortError):
     """More images failed than ``--max-failures`` allows."""
 
