@@ -40,9 +40,10 @@ from pipeline.parts import (
     verify_output,
     write_commit,
 )
+from pipeline.readers import carried_schema
 from pipeline.records import Commit, Layout, PartInfo, Shard, Space, count_statuses
 from pipeline.report import LOG, Counters, EmbedReport, ImageCounts, show_progress
-from pipeline.shards import Listing, Plan, list_sources, plan_shards
+from pipeline.shards import Listing, Plan, list_sources, make_object_shard, plan_shards
 from pipeline.storage import Storage, join_uri, normalise_uri
 from pipeline.transforms import resolve_data_config
 
@@ -190,11 +191,10 @@ def _claim(
 
 def _find_carried_schema(layout: Layout, listing: Listing, storage: Storage) -> pa.Schema:
     """Return the types of the carried columns, as the first Parquet shard has them."""
-    from pipeline.readers import carried_schema
-
     for source in listing.sources:
         if layout.carry and source.kind == "parquet":
-            return carried_schema(source.info.uri, storage=storage, carry=layout.carry)
+            shard = make_object_shard(source, chunking=())
+            return carried_schema(shard, storage=storage, carry=layout.carry)
     return pa.schema([pa.field(name, pa.string()) for name in layout.carry])
 
 

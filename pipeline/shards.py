@@ -241,7 +241,7 @@ def plan_shards(
     """
     chunking = [space_id, layout.chunk_images, layout.chunk_bytes]
     objects = [s for s in listing.sources if s.kind != "image"]
-    wanted = [_make_object_shard(source, chunking) for source in objects]
+    wanted = [make_object_shard(source, chunking=chunking) for source in objects]
     bundles, kept = _plan_bundles(listing, commits, chunking, again)
     wanted += bundles
     here = {shard.id for shard in wanted} | kept
@@ -280,7 +280,8 @@ def plan_shards(
     )
 
 
-def _make_object_shard(source: Source, chunking: Sequence[object]) -> Shard:
+def make_object_shard(source: Source, *, chunking: Sequence[object]) -> Shard:
+    """Return the shard that an object is; ``chunking`` is what else decides its identity."""
     info = source.info
     kind: ShardKind = "parquet" if source.kind == "parquet" else "tar"
     return Shard(
