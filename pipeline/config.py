@@ -149,3 +149,80 @@ def _parse_fraction(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """Answer lookups over HTTP, with a page to look at."""
+
+    index: str
+    """The index to serve; newer generations are picked up while it runs."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all, which needs --api-key-file or --allow-public."""
+    port: int = 8000
+    """Port to listen on."""
+    local: bool = False
+    """Run one plain server in this process, without Ray."""
+    replicas: int = 1
+    """Replicas on Ray Serve; those on one machine share the mapped index files."""
+    cpus_per_replica: float = 1.0
+    """CPU cores of a replica."""
+    gpus_per_replica: float = 0.0
+    """GPUs of a replica, for image queries; fractions share a GPU."""
+    api_key_file: str | None = None
+    """File of accepted API keys, one a line."""
+    allow_public: bool = False
+    """Let everybody in without a key, on any address."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names the service may be called by; on a loopback address only localhost otherwise."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins of other sites whose pages may call the API; none otherwise."""
+    image_queries: bool = True
+    """Load the backbone, so that images can be searched for."""
+    weights: str | None = None
+    """Checkpoint of the backbone; the one the index was made with otherwise."""
+    top_k_classes: int = 0
+    """Also name the k most probable classes of a query image."""
+    show_images: bool = True
+    """Show the indexed images, read from their shards."""
+    max_body: str = "16MiB"
+    """Longest request body."""
+    max_pixels: int = 50_000_000
+    """Larger query images are refused."""
+    requests_per_s: float = 200.0
+    """Sustained requests a second of one client, twice that in a burst; 0 is no limit."""
+    request_timeout_s: float = 30.0
+    """Longest time for one answer."""
+    max_waiting: int = 256
+    """Searches that may wait; more are answered 503 with Retry-After."""
+    threads: int = 2
+    """Threads that search; one core each."""
+    refresh_s: float = 30.0
+    """Time between two looks for a newer generation; 0 never looks."""
+    image_cache: str = "256MiB"
+    """Memory for thumbnails and pictures."""
+    cache_dir: str | None = None
+    """Where files of a remote index are kept; the user's cache folder otherwise."""
+    shutdown_s: float = 30.0
+    """Longest time to finish what has begun, when stopped."""
+    ray_address: str | None = None
+    """Ray cluster to join; the surrounding job's, or one started here, otherwise."""
+    storage: StorageOptions = field(default_factory=StorageOptions)
+    """How to reach object storage."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise SettingsError(f"port is {self.port}; use 1 to 65535, or 0 for any free one")
+        for name in ("replicas", "max_pixels", "max_waiting", "threads"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("requests_per_s", "refresh_s", "cpus_per_replica", "gpus_per_replica"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("request_timeout_s", "shutdown_s"):
+            if getattr(self, name) <= 0:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must be positive")
+        if not 0 <= self.top_k_classes <= 1000:
+            raise SettingsError(f"top_k_classes is {self.top_k_classes}; use 0 to 1000")
+        parse_size(self.max_body, setting="max_body")
+        parse_size(self.image_cache, setting="image_cache")

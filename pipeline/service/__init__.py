@@ -1,0 +1,1 @@
+"""Lookups over HTTP, and the page: DOOR to the web framework."""

@@ -1,0 +1,157 @@
+"""The HTTP application: the API, the page, and what operators ask for."""
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from pipeline.service.guard import Asgi, Guard, GuardLimits
+from pipeline.service.keys import ApiKeys
+from pipeline.service.lookups import Lookups
+from pipeline.service.metrics import Meter, Metrics
+from pipeline.service.models import Health
+from pipeline.service.openapi import describe_app, describe_problems
+from pipeline.service.problems import TITLES, Problem
+from pipeline.service.routes import answer, get_lookups, router
+
+log = logging.getLogger(__name__)
+
+DESCRIPTION = """Nearest neighbours of images.
+
+Vectors are embeddings of one *space* (backbone, weights, preprocessing); scores are cosine
+similarities. Errors are `application/problem+json`. An answer names the *generation* it comes
+from; newer generations are picked up while the service runs."""
+
+ASSETS = {
+    "/": ("page.html", "text/html; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/docs": ("docs.html", "text/html; charset=utf-8"),
+    "/docs.js": ("docs.js", "text/javascript; charset=utf-8"),
+    "/favicon.ico": ("icon.svg", "image/svg+xml"),
+}
+OPEN_PATHS = frozenset({*ASSETS, "/healthz", "/readyz", "/openapi.json"})
+"""What needs no key: it shows no data, or only that the process lives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may do what.
+
+    Attributes:
+        keys: Accepted API keys; none lets everybody in.
+        limits: What a request and a client may cost.
+        cors_origins: Origins of other sites whose pages may call the API.
+    """
+
+    keys: ApiKeys
+    limits: GuardLimits
+    cors_origins: tuple[str, ...] = ()
+
+
+def create_app(lookups: Lookups, metrics: Metrics, access: Access) -> Asgi:
+    """Return the whole service as one ASGI application."""
+    app = FastAPI(
+        title="Image lookups",
+        version="1",
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        lifespan=_make_lifespan(lookups),
+    )
+    app.state.lookups = lookups
+    app.include_router(router)
+    _add_operations(app, metrics)
+    _add_assets(app)
+    _add_error_handlers(app)
+    document = describe_app(
+        app, dim=lookups.collection.current().info.space.dim, has_keys=bool(access.keys.digests)
+    )
+    app.get("/openapi.json", include_in_schema=False)(lambda: document)
+    guarded: Any = Guard(app, access.keys, access.limits, open_paths=OPEN_PATHS)
+    if access.cors_origins:
+        guarded = CORSMiddleware(
+            guarded, allow_origins=access.cors_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    return Meter(guarded, metrics)
+
+
+def _make_lifespan(lookups: Lookups) -> Callable[[FastAPI], Any]:
+    @asynccontextmanager
+    async def live(_: FastAPI) -> AsyncIterator[None]:
+        lookups.start()
+        yield
+        await lookups.close()
+
+    return live
+
+
+def _add_operations(app: FastAPI, metrics: Metrics) -> None:
+    @app.get("/healthz", responses=describe_problems(guarded=False))
+    async def show_health() -> Health:
+        """Tell that the process lives."""
+        return Health(status="ok")
+
+    @app.get("/readyz", responses=describe_problems(503, guarded=False))
+    async def show_readiness(request: Request) -> Response:
+        """Tell that a generation is open and requests are welcome."""
+        get_lookups(request)
+        return answer(Health(status="ok"))
+
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={
+            200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
+            **describe_problems(),
+        },
+    )
+    async def show_metrics() -> Response:
+        """Return counts and times in Prometheus' text format."""
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_assets(app: FastAPI) -> None:
+    folder = Path(__file__).with_name("page")
+    for path, (name, media_type) in ASSETS.items():
+        show = partial(_show_asset, (folder / name).read_bytes(), media_type)
+        app.add_route(path, show, include_in_schema=False)
+
+
+async def _show_asset(body: bytes, media_type: str, _: Request) -> Response:
+    return Response(body, media_type=media_type, headers={"Cache-Control": "no-cache"})
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(Problem)
+    async def answer_problem(_: Request, error: Problem) -> Response:
+        return error.to_response()
+
+    @app.exception_handler(RequestValidationError)
+    async def answer_validation(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return Problem(422, "invalid_request", detail=first["msg"], where=where).to_response()
+
+    @app.exception_handler(HTTPException)
+    async def answer_http(_: Request, error: HTTPException) -> Response:
+        title = TITLES.get(error.status_code, "Error")
+        code = title.lower().replace(" ", "_")
+        response = Problem(error.status_code, code, detail=title).to_response()
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def answer_fault(_: Request, error: Exception) -> Response:
+        # Starlette raises it again after this answer, so that the server logs it in full.
+        return Problem(500, "internal", detail="a fault of the service; see its log").to_response()

@@ -1,0 +1,278 @@
+"""The operations under ``/v1``."""
+
+import asyncio
+import json
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel
+
+from pipeline.service.bodies import (
+    get_media_type,
+    open_form,
+    read_json,
+    refuse_media_type,
+    refuse_unknown_parts,
+    take_files,
+    take_text,
+    validate,
+)
+from pipeline.service.collection import Hit, Snapshot
+from pipeline.service.filters import is_filterable
+from pipeline.service.lookups import Lookups, Target, make_classes, make_result, unknown_key
+from pipeline.service.models import (
+    MAX_IMAGES,
+    BatchRequest,
+    BatchResponse,
+    Column,
+    EmbedRequest,
+    EmbedResponse,
+    Info,
+    Item,
+    MapResponse,
+    SampleResponse,
+    SearchOptions,
+    SearchRequest,
+    SearchResponse,
+    decode_base64,
+    encode_vector,
+)
+from pipeline.service.openapi import describe_form_body, describe_json_body, describe_problems
+from pipeline.service.problems import Problem
+
+router = APIRouter(prefix="/v1")
+
+JSON, FORM = "application/json", "multipart/form-data"
+PICTURE_HEADERS = {
+    "Cache-Control": "private, max-age=3600",
+    "Content-Security-Policy": "default-src 'none'; sandbox",
+}
+Size = Literal["64", "256", "512", "original"]
+
+
+def get_lookups(request: Request) -> Lookups:
+    """Return what answers; it hangs on the application.
+
+    Raises:
+        Problem: 503, the service is starting or stopping.
+    """
+    lookups: Lookups | None = getattr(request.app.state, "lookups", None)
+    if lookups is None or not lookups.is_open:
+        raise Problem(503, "not_ready", detail="starting or stopping", retry_after_s=2)
+    return lookups
+
+
+def answer(body: BaseModel) -> Response:
+    """Return a model as JSON without the fields that are not set."""
+    return Response(body.model_dump_json(exclude_none=True), media_type=JSON)
+
+
+@router.post(
+    "/search",
+    response_model=SearchResponse,
+    response_model_exclude_none=True,
+    responses=describe_problems(400, 404, 409, 413, 415, 422, 501),
+    openapi_extra=describe_form_body("SearchRequest", part="image", options="SearchOptions"),
+)
+async def search(request: Request) -> Response:
+    """Find the nearest indexed images to a key, a vector or an image.
+
+    The form carries an encoded image as a file, and the other fields as JSON in ``options``.
+    """
+    lookups = get_lookups(request)
+    snapshot = lookups.collection.current()
+    if get_media_type(request) != FORM:
+        if get_media_type(request) != JSON:
+            raise refuse_media_type(JSON, FORM)
+        found = validate(SearchRequest, await request.body())
+        return answer(await lookups.search(found, snapshot))
+    async with open_form(request) as form:
+        refuse_unknown_parts(form, {"image", "options"})
+        options = validate(SearchOptions, take_text(form, "options", default="{}"))
+        image = (await take_files(form, "image", limit=1))[0]
+    return answer(await lookups.search_image(image, options, snapshot))
+
+
+@router.post(
+    "/search/batch",
+    response_model=BatchResponse,
+    response_model_exclude_none=True,
+    responses=describe_problems(404, 409, 413, 415, 422, 501),
+    openapi_extra=describe_json_body("BatchRequest"),
+)
+async def search_batch(request: Request) -> Response:
+    """Answer several searches from one generation; one that is wrong fails them all."""
+    lookups = get_lookups(request)
+    batch = await read_json(request, BatchRequest)
+    snapshot = lookups.collection.current()
+    responses = await asyncio.gather(*(lookups.search(s, snapshot) for s in batch.searches))
+    return answer(BatchResponse(responses=responses))
+
+
+@router.post(
+    "/embed",
+    response_model=EmbedResponse,
+    response_model_exclude_none=True,
+    responses=describe_problems(400, 413, 415, 422, 501),
+    openapi_extra=describe_form_body("EmbedRequest", part="images", many=True),
+)
+async def embed(request: Request) -> Response:
+    """Embed images as the indexed ones were: same backbone, same preprocessing."""
+    lookups = get_lookups(request)
+    images, where = await _read_images(request)
+    embeddings = await asyncio.gather(
+        *(lookups.embed(data, where=f"{where}.{i}") for i, data in enumerate(images))
+    )
+    space = lookups.collection.current().info.space
+    classes = [make_classes(one.classes) or [] for one in embeddings]
+    vectors = [one.vector for one in embeddings if one.vector is not None]
+    body = EmbedResponse(
+        space=space.id,
+        dim=space.dim,
+        vectors_base64=[encode_vector(vector) for vector in vectors],
+        classes=classes if any(classes) else None,
+    )
+    return answer(body)
+
+
+async def _read_images(request: Request) -> tuple[list[bytes], str]:
+    """Return the images of a JSON or form body, and the name they have there."""
+    if get_media_type(request) == JSON:
+        body = validate(EmbedRequest, await request.body())
+        where = "images_base64"
+        texts = enumerate(body.images_base64)
+        return [decode_base64(text, where=f"{where}.{i}") for i, text in texts], where
+    if get_media_type(request) != FORM:
+        raise refuse_media_type(JSON, FORM)
+    async with open_form(request) as form:
+        refuse_unknown_parts(form, {"images"})
+        return await take_files(form, "images", limit=MAX_IMAGES), "images"
+
+
+@router.get("/info", response_model=Info, responses=describe_problems())
+async def show_info(request: Request) -> Response:
+    """Describe what is being served: the generation, its space, its size and its age."""
+    return answer(await asyncio.to_thread(describe_service, get_lookups(request)))
+
+
+def describe_service(lookups: Lookups) -> Info:
+    """Return what is being served."""
+    snapshot = lookups.collection.current()
+    info, embedder, points = snapshot.info, lookups.embedder, snapshot.read_map()
+    columns = [
+        Column(name=item.name, type=str(item.type), filterable=is_filterable(item.type))
+        for item in info.public_schema
+    ]
+    return Info(
+        generation=info.generation,
+        rows=info.rows,
+        dim=info.space.dim,
+        kind=info.kind,
+        space=info.space.to_dict(),
+        space_id=info.space.id,
+        recall=info.recall,
+        created_s=info.created_s,
+        newest_image_s=info.newest_image_s,
+        columns=columns,
+        image_queries=embedder is not None,
+        classes=embedder is not None and embedder.options.top_k_classes > 0,
+        images=lookups.shows_images,
+        map_points=len(points.keys) if points else 0,
+    )
+
+
+@router.get("/map", response_model=MapResponse, responses=describe_problems(404))
+async def show_map(request: Request) -> Response:
+    """Return a sample of the collection laid out in two dimensions."""
+    snapshot = get_lookups(request).collection.current()
+    points = await asyncio.to_thread(snapshot.read_map)
+    if points is None:
+        raise Problem(404, "no_map", detail="this generation was built without a map")
+    x, y = (points.xy.round(5).T).tolist()
+    body = {
+        "generation": snapshot.info.generation,
+        "method": points.method,
+        "keys": list(points.keys),
+        "x": x,
+        "y": y,
+    }
+    return Response(json.dumps(body, separators=(",", ":")), media_type=JSON)
+
+
+@router.get(
+    "/sample",
+    response_model=SampleResponse,
+    response_model_exclude_none=True,
+    responses=describe_problems(422),
+)
+async def sample(request: Request, n: Annotated[int, Query(ge=1, le=100)] = 12) -> Response:
+    """Return some indexed images, drawn at random."""
+    snapshot = get_lookups(request).collection.current()
+    hits = await asyncio.to_thread(snapshot.sample, n)
+    items = [make_result(hit, snapshot, metadata=True, vector=False) for hit in hits]
+    return answer(SampleResponse(generation=snapshot.info.generation, items=items))
+
+
+@router.get(
+    "/items/{key:path}/image",
+    response_class=Response,
+    responses={
+        200: {"content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}},
+        304: {"description": "The picture is the one that `If-None-Match` names."},
+        **describe_problems(404, 410, 422),
+    },
+)
+async def show_image(request: Request, key: str, size: Size = "original") -> Response:
+    """Return an indexed image, or a thumbnail whose longest side has ``size`` pixels."""
+    lookups = get_lookups(request)
+    snapshot = lookups.collection.current()
+    hit = await asyncio.to_thread(snapshot.find, key)
+    if hit is None:
+        # "…/image" may be the end of a key; that image's own picture is at "…/image/image".
+        return await _answer_item(lookups, snapshot, f"{key}/image")
+    picture = await lookups.picture(hit, None if size == "original" else int(size))
+    headers = PICTURE_HEADERS | {"ETag": picture.etag}
+    if request.headers.get("if-none-match") == picture.etag:
+        return Response(status_code=304, headers=headers)
+    if picture.media_type == "application/octet-stream":
+        headers["Content-Disposition"] = "attachment"
+    return Response(picture.data, media_type=picture.media_type, headers=headers)
+
+
+@router.get(
+    "/items/{key:path}",
+    response_model=Item,
+    response_model_exclude_none=True,
+    responses=describe_problems(404, 422),
+)
+async def show_item(
+    request: Request,
+    key: str,
+    neighbours: Annotated[int, Query(ge=0, le=100, description="Neighbours to add.")] = 0,
+    vector: Annotated[bool, Query(description="Add the stored vector.")] = False,
+) -> Response:
+    """Return what is known of an indexed image."""
+    lookups = get_lookups(request)
+    snapshot = lookups.collection.current()
+    return await _answer_item(lookups, snapshot, key, neighbours=neighbours, vector=vector)
+
+
+async def _answer_item(
+    lookups: Lookups, snapshot: Snapshot, key: str, *, neighbours: int = 0, vector: bool = False
+) -> Response:
+    hit: Hit | None = await asyncio.to_thread(snapshot.find, key)
+    if hit is None:
+        raise unknown_key()
+    stored = await asyncio.to_thread(snapshot.vector, key) if vector or neighbours else None
+    found: list[Any] | None = None
+    if stored is not None and neighbours:
+        options = SearchOptions(k=neighbours)
+        found = (await lookups.search_target(Target(stored, key), options, snapshot)).results
+    item = Item(
+        key=hit.key,
+        generation=snapshot.info.generation,
+        metadata=hit.metadata,
+        vector_base64=encode_vector(stored) if vector and stored is not None else None,
+        neighbours=found,
+    )
+    return answer(item)
