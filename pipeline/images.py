@@ -23,6 +23,7 @@ images, which that clips to white. Opaque RGB and 8-bit grey pictures are equal 
 for the orientation. TIFF is turned by Pillow itself in either.
 """
 
+import functools
 import hashlib
 import io
 import re
@@ -33,14 +34,14 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from queue import SimpleQueue
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image
 
 from pipeline.errors import RecordError
+from pipeline.jpeg2000 import load_jpeg2000
 
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI"),
@@ -86,6 +87,7 @@ _TURNS = {
 
 Exif = Literal["apply", "ignore"]
 Box = tuple[float, float, float, float]
+_Accepts = Callable[[bytes], bool | str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +97,13 @@ class ImageLimits:
     Attributes:
         max_pixels: Most pixels, width times height as the header says, before any is allocated.
         max_image_bytes: Most encoded bytes.
+        timeout_s: Longest time for a decoder that runs in its own process (JPEG 2000), seconds;
+            ``DecodePool`` holds a limit over all.
     """
 
     max_pixels: int = 200_000_000
     max_image_bytes: int = 256 * 2**20
+    timeout_s: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +192,13 @@ def _decode(
 ) -> DecodedImage:
     image = _open_image(data)
     width, height = image.size
+    if width < 1 or height < 1:
+        raise RecordError("unreadable", f"it has {width} x {height} pixels")
     if width * height > limits.max_pixels:
         pixels = f"{width} x {height} is {width * height:,} pixels"
         raise RecordError("too_large", f"{pixels}; max_pixels is {limits.max_pixels:,}")
     draft = image.draft(None, (draft_size, draft_size)) if draft_size else None
-    image.load()
+    image = _load_pixels(image, data, limits)
     orientation = _read_orientation(image) if exif == "apply" else 1
     rgb = _convert_to_rgb(image, composite=exif == "apply")
     box = None
@@ -205,7 +212,14 @@ def _decode(
     return DecodedImage(rgb, width, height, size, box)
 
 
-def _open_image(data: bytes) -> ImageFile.ImageFile:
+def _load_pixels(image: Image.Image, data: bytes, limits: ImageLimits) -> Image.Image:
+    if image.format == "JPEG2000":
+        return load_jpeg2000(data, image.size, timeout_s=limits.timeout_s)
+    image.load()
+    return image
+
+
+def _open_image(data: bytes) -> Image.Image:
     """Open by signature, without decoding.
 
     Not ``Image.open``: that refuses at a process-wide number of pixels of its own, and swallows
@@ -214,21 +228,24 @@ def _open_image(data: bytes) -> ImageFile.ImageFile:
     Raises:
         RecordError: No format's signature fits.
     """
-    if FORMATS[-1] not in Image.OPEN:
-        Image.init()
-    failure: Exception | None = None
-    for name in FORMATS:
-        factory, accepts = Image.OPEN[name]
-        if accepts is not None and accepts(data[:16]) is not True:
-            continue
+    failure = ""
+    for name, factory, accepts in _find_openers():
         try:
-            return factory(io.BytesIO(data), "")
+            accepted = accepts is None or accepts(data[:16])
+            if accepted and not isinstance(accepted, str):  # a text says which codec is missing
+                return factory(io.BytesIO(data), "")
         except (SyntaxError, IndexError, TypeError, KeyError, struct.error) as error:
             if accepts is not None:
-                failure = error
-    if failure is not None:
-        raise failure
+                failure = f"damaged {name} header: {error}"
+    if failure:
+        raise OSError(failure)
     raise RecordError("unsupported", f"no known image format{_guess_content(data)}")
+
+
+@functools.cache
+def _find_openers() -> tuple[tuple[str, Callable[..., Image.Image], _Accepts | None], ...]:
+    Image.init()
+    return tuple((name, *Image.OPEN[name]) for name in FORMATS if name in Image.OPEN)
 
 
 def _guess_content(data: bytes) -> str:
@@ -240,22 +257,37 @@ def _guess_content(data: bytes) -> str:
 
 def _describe_failure(data: bytes, error: Exception) -> RecordError:
     words = str(error) or type(error).__name__
-    truncated = isinstance(error, EOFError) or bool(_TRUNCATED.search(words))
-    if _is_cut_short(data):
-        truncated = True
+    truncated = isinstance(error, EOFError) or _TRUNCATED.search(words) or _is_cut_short(data)
     return RecordError("truncated" if truncated else "unreadable", words)
 
 
 def _is_cut_short(data: bytes) -> bool:
     """Tell from the container alone whether its end is missing."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return int.from_bytes(data[4:8], "little") + 8 > len(data)
-    if data[:2] == b"\xff\xd8":
+    if data[:2] in (b"\xff\xd8", b"\xff\x4f"):  # JPEG, JPEG 2000
         return b"\xff\xd9" not in data[-4096:]
-    if data[:4] in (b"II*\0", b"MM\0*"):
+    if data[:4] == b"GIF8":
+        return not data.rstrip(b"\0").endswith(b";")
+    if data[:4] == b"RIFF":
+        return int.from_bytes(data[4:8], "little") + 8 > len(data)
+    if data[:2] == b"BM":
+        return int.from_bytes(data[2:6], "little") > len(data)
+    if data[:4] in (b"II*\0", b"MM\0*"):  # the directory may lie at the end
         order: Literal["little", "big"] = "little" if data[:1] == b"I" else "big"
         return int.from_bytes(data[4:8], order) >= len(data)
+    if data[4:8] in (b"ftyp", b"jP  "):
+        return _ends_inside_a_box(data)
     return False
+
+
+def _ends_inside_a_box(data: bytes) -> bool:
+    """Walk the boxes of AVIF and JPEG 2000 files."""
+    position = 0
+    while position < len(data):
+        size_bytes = int.from_bytes(data[position : position + 4], "big")
+        if size_bytes < 8:  # to the end of the file, 64 bits long, or damaged
+            return False
+        position += size_bytes
+    return position > len(data)
 
 
 def _read_orientation(image: Image.Image) -> int:
@@ -282,7 +314,7 @@ def _convert_to_rgb(image: Image.Image, *, composite: bool) -> Image.Image:
         return _scale_grey(image).convert("RGB")
     if composite and image.has_transparency_data:
         return _composite_over_white(image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _composite_over_white(image: Image.Image) -> Image.Image:
@@ -336,8 +368,9 @@ class DecodePool:
     """Threads that decode images in order, each image within a time limit.
 
     The limit counts from the start of an image's own work. A thread that overruns it is left
-    behind and replaced, so a decoder that hangs costs its own row and nothing else. The threads
-    are daemons and never hold up the end of the process. Several callers may share a pool.
+    behind and replaced, so a decoder that hangs costs its own row and nothing else. (Out of reach
+    is one that hangs in native code without giving up the interpreter lock.) The threads are
+    daemons and never hold up the end of the process. Several callers may share a pool.
 
     Attributes:
         abandoned: Number of threads left behind so far.
@@ -377,7 +410,7 @@ class DecodePool:
         pending: deque[_Task] = deque()
         try:
             for item in items:
-                pending.append(_Task(partial(decode, item)))
+                pending.append(_Task(functools.partial(decode, item)))
                 self._submit(pending[-1])
                 if len(pending) > 2 * self._threads:
                     yield self._wait(pending.popleft())
