@@ -5,13 +5,11 @@ from collections.abc import Sequence
 
 from pipeline.cli import run_job
 from pipeline.config import EmbedConfig
-from pipeline.report import configure_logging
 from pipeline.run import embed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the embed job; return its exit code."""
-    configure_logging()
     return run_job("embed", EmbedConfig, embed, argv)
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar, get_type_hints
 import tyro
 
 from pipeline.errors import AbortError, SettingsError
+from pipeline.report import configure_logging
 
 Settings = TypeVar("Settings")
 
@@ -37,7 +38,9 @@ def run_job(
         130 interrupted.
     """
     try:
-        report = action(parse_settings(settings_class, argv, prog=prog))
+        settings = parse_settings(settings_class, argv, prog=prog)
+        configure_logging(getattr(settings, "log_level", "info"))
+        report = action(settings)
     except AbortError as error:
         print_report(error.report)
         print(f"error: {error}", file=sys.stderr)

@@ -106,6 +106,8 @@ class EmbedConfig:
     """Say what would be done, and do nothing."""
     ray_address: str | None = None
     """Ray cluster to join; the surrounding job's, or one started here, otherwise."""
+    log_level: Literal["debug", "info", "warning"] = "info"
+    """Least important log lines to show; debug tells of every commit."""
     storage: StorageOptions = field(default_factory=StorageOptions)
     """How to reach object storage."""
 

@@ -9,15 +9,19 @@ per chunk. The driver writes a shard's commit once its parts tile the shard.
 import logging
 import os
 import pickle
+import sys
 import time
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
+import torch
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
@@ -26,9 +30,10 @@ from pipeline.containers.found import ReadOptions
 from pipeline.embedder import Embedder, EmbedderOptions
 from pipeline.errors import AccessError, SettingsError, StorageError
 from pipeline.images import ImageLimits
+from pipeline.metrics import ActorMetrics, LoadSample
 from pipeline.parts import OutputInfo, build_part, write_part
 from pipeline.readers import read_chunks
-from pipeline.records import Chunk, PartInfo, Shard
+from pipeline.records import Chunk, PartInfo, Shard, count_statuses
 from pipeline.storage import Storage, join_uri
 
 _READ_CPUS = 0.05
@@ -71,6 +76,7 @@ class FlowSettings:
     """Everything that read tasks and actors need; small, plain and picklable.
 
     Attributes:
+        run_id: The run.
         output: The output.
         info: Its space and layout.
         weights: URI of the checkpoint.
@@ -79,6 +85,7 @@ class FlowSettings:
         embedder: Device, batch size, limits.
     """
 
+    run_id: str
     output: str
     info: OutputInfo
     weights: str
@@ -121,7 +128,8 @@ def cluster(address: str | None) -> Iterator[None]:
     target = address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"include_dashboard": False} if target == "local" else {}
     try:
-        ray.init(address=target, log_to_driver=False, logging_level=logging.ERROR, **options)
+        with _mute_stderr():
+            ray.init(address=target, log_to_driver=False, logging_level=logging.ERROR, **options)
     except ConnectionError as error:
         raise SettingsError(
             f"no Ray cluster answers at {target!r} ({error}); check --ray-address or RAY_ADDRESS"
@@ -130,6 +138,20 @@ def cluster(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _mute_stderr() -> Iterator[None]:
+    """Keep what Ray's native code says while it starts off the terminal; exceptions still tell."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("w") as sink:
+            os.dup2(sink.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def choose_resources(config: EmbedConfig) -> Resources:
@@ -342,14 +364,31 @@ class _EmbedActor:
             options=options,
             storage=settings.storage,
         )
+        self._metrics = ActorMetrics(settings.run_id)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         receipts: list[Receipt] = []
         images = batch.column(_LOAD_COLUMN_IMAGES)
         for i, header in enumerate(batch.column(_LOAD_COLUMN_HEADER).to_pylist()):
             values = (value.as_py() for value in images[i].values)
-            receipts += self._embed_load(_unpack_load(header, values))
+            receipts += self._record(list(self._embed_load(_unpack_load(header, values))))
         return pa.table({"receipt": pa.array(map(pickle.dumps, receipts), pa.binary())})
+
+    def _record(self, receipts: list[Receipt]) -> list[Receipt]:
+        seconds: Counter[str] = Counter()
+        for receipt in receipts:
+            seconds.update(receipt.seconds)
+        on_gpu = self._embedder.options.device != "cpu"
+        self._metrics.record(
+            LoadSample(
+                statuses=count_statuses(r.part.statuses for r in receipts if r.part is not None),
+                seconds=seconds,
+                nbytes=sum(receipt.nbytes for receipt in receipts),
+                batch_size=self._embedder.batch_size,
+                gpu_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else 0,
+            )
+        )
+        return receipts
 
     def _embed_load(self, load: Sequence[tuple[Shard, Chunk] | _Failed]) -> Iterator[Receipt]:
         items = [item for item in load if not isinstance(item, _Failed)]
@@ -393,7 +432,7 @@ class _EmbedActor:
 
 
 def make_flow_settings(
-    config: EmbedConfig, info: OutputInfo, resources: Resources, storage: Storage
+    config: EmbedConfig, info: OutputInfo, resources: Resources, *, run_id: str
 ) -> FlowSettings:
     """Gather what read tasks and actors need from a run's settings."""
     limits = ImageLimits(
@@ -402,10 +441,11 @@ def make_flow_settings(
     )
     on_gpu = resources.gpus > 0
     return FlowSettings(
+        run_id=run_id,
         output=config.output,
         info=info,
         weights=join_uri(config.output, info.weights),
-        storage=storage,
+        storage=Storage(config.storage),
         read=ReadOptions(
             chunk_images=info.layout.chunk_images,
             chunk_bytes=info.layout.chunk_bytes,

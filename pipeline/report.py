@@ -110,7 +110,6 @@ class Counters:
 
     def __init__(self) -> None:
         self.statuses: Counter[str] = Counter()
-        self.records = 0
         self.encoded_bytes = 0
         self.seconds: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
@@ -199,10 +198,14 @@ def show_progress(total_bytes: int) -> Iterator[ProgressLine]:
         yield ProgressLine(total_bytes, bar)
 
 
-def configure_logging() -> None:
-    """Send the project's log lines to standard error, one line an event."""
+def configure_logging(level: str = "info") -> None:
+    """Send the project's log lines to standard error, one line an event.
+
+    Args:
+        level: Least important level that is shown: ``debug``, ``info`` or ``warning``.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     LOG.handlers[:] = [handler]
-    LOG.setLevel(logging.INFO)
+    LOG.setLevel(level.upper())
     LOG.propagate = False

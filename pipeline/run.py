@@ -25,6 +25,7 @@ from pipeline.config import EmbedConfig, parse_failure_limit, parse_size
 from pipeline.dataflow import FlowSettings, Receipt, Resources
 from pipeline.errors import CorruptionError, StorageError
 from pipeline.lease import Lease
+from pipeline.metrics import DriverMetrics
 from pipeline.parts import (
     OutputInfo,
     VerifyReport,
@@ -241,11 +242,13 @@ class _OpenShard:
         self.shard = shard
         self.parts: dict[int, PartInfo | None] = {}
         self.num_chunks: int | None = None
+        self.num_records = 0
         self.notes: dict[str, int] = {}
 
     def add(self, receipt: Receipt) -> bool:
         """Take a receipt in; return whether the parts now tile the shard."""
         self.parts[receipt.chunk] = receipt.part
+        self.num_records += receipt.num_records
         if receipt.last:
             self.num_chunks = receipt.chunk + 1
             self.notes = receipt.notes
@@ -290,7 +293,7 @@ class _Run:
             sequence=self._sequence,
         )
         LOG.info(
-            "plan run=%s embed=%d carried_over=%d restored=%d removed=%d",
+            "plan run=%s shards_to_embed=%d carried_over=%d restored=%d removed=%d",
             self._run_id,
             len(plan.embed),
             len(plan.carried),
@@ -325,8 +328,10 @@ class _Run:
             dataflow.cluster(self._config.ray_address),
             ThreadPoolExecutor(_COMMIT_THREADS, "commit") as pool,
             show_progress(total_bytes) as progress,
+            DriverMetrics(self._run_id) as metrics,
             closing(self._start_flow(shards)) as receipts,
         ):
+            metrics.start(total_bytes)
             pending: list[Future[None]] = []
             self._embed_started_s = time.time()
             for receipt in receipts:
@@ -337,6 +342,7 @@ class _Run:
                 if self._take(receipt, opened):
                     del open_shards[receipt.shard_id]
                     pending.append(pool.submit(self._commit, opened))
+                    metrics.count_commit()
                 pending = _drop_finished(pending)
                 self._counters.check_limit(*limits)
                 progress.update(
@@ -356,7 +362,7 @@ class _Run:
     def _start_flow(self, shards: Sequence[Shard]) -> Generator[Receipt, None, None]:
         self._resources = dataflow.choose_resources(self._config)
         settings: FlowSettings = dataflow.make_flow_settings(
-            self._config, self._info, self._resources, self._storage
+            self._config, self._info, self._resources, run_id=self._run_id
         )
         return dataflow.run_flow(shards, settings, self._resources)
 
@@ -366,7 +372,6 @@ class _Run:
             self._failed_shards[receipt.shard_id] = f"{opened.shard.source}: {receipt.error}"
             return False
         counters = self._counters
-        counters.records += receipt.num_records
         counters.encoded_bytes += receipt.nbytes
         counters.seconds.update(receipt.seconds)
         counters.notes.update(receipt.notes)
@@ -397,20 +402,27 @@ class _Run:
             committed_s=time.time(),
             modified_s=shard.modified_s,
         )
+        if commit.rows != opened.num_records:
+            raise CorruptionError(
+                f"{shard.source}: {opened.num_records} records were read but {commit.rows} rows "
+                "written; the shard is not committed; this is a defect, please report it"
+            )
         write_commit(self._config.output, commit, self._storage)
         self._committed[shard.id] = commit
+        LOG.debug(
+            "commit run=%s shard=%s source=%s rows=%d",
+            self._run_id,
+            shard.id,
+            shard.source,
+            commit.rows,
+        )
         for shard_id in shard.supersedes:
             retire_commit(self._config.output, shard_id, self._storage)
 
     def _finish(self, plan: Plan, before: Mapping[str, Commit]) -> EmbedReport:
         """Balance the books against what the output holds now, and write the report."""
         live = list_commits(self._config.output, self._storage)
-        statuses = self._counters.statuses
-        if self._counters.records != self._counters.rows:
-            raise CorruptionError(
-                f"{self._counters.records} records were read but {self._counters.rows} rows "
-                "written; this is a defect, please report it"
-            )
+        statuses = count_statuses(commit.statuses for commit in self._committed.values())
         kept = [key for key in before if key in live and key not in self._committed]
         restored = [commit for commit, _ in plan.restored]
         carried_rows = sum(commit.rows for commit in [*map(before.__getitem__, kept), *restored])
@@ -426,8 +438,8 @@ class _Run:
             startup_seconds=self._embed_started_s - self._started_s,
             images=ImageCounts(
                 listed=sum(commit.rows for commit in live.values()) + removed_rows,
-                embedded=statuses["ok"],
-                failed={s: n for s, n in count_statuses([statuses]).items() if s != "ok"},
+                embedded=statuses.get("ok", 0),
+                failed={status: n for status, n in statuses.items() if status != "ok"},
                 carried_over=carried_rows,
                 removed=removed_rows,
             ),
