@@ -1,0 +1,57 @@
+"""Fixtures that several test modules share."""
+
+import os
+import secrets
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+from s3.faulty_proxy import FaultyProxy
+from s3.servers import ACCESS_KEY, S3Server, run_moto, run_swift
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set the credentials of the session's S3 servers, for workers started by tests as well."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        del os.environ[name]
+    os.environ.update(
+        AWS_ACCESS_KEY_ID=ACCESS_KEY,
+        AWS_SECRET_ACCESS_KEY=secrets.token_hex(16),
+        AWS_DEFAULT_REGION="us-east-1",
+        AWS_EC2_METADATA_DISABLED="true",
+        AWS_CONFIG_FILE=os.devnull,
+        AWS_SHARED_CREDENTIALS_FILE=os.devnull,
+    )
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A real S3 server: Swift, or moto's where Swift cannot be installed, with a warning."""
+    with ExitStack() as stack:
+        try:
+            server = stack.enter_context(run_swift())
+        except RuntimeError as error:
+            warnings.warn(f"moto stands in for Swift: {error}", stacklevel=1)
+            server = stack.enter_context(run_moto(note=str(error)))
+        yield server
+
+
+@pytest.fixture(scope="session")
+def moto_server() -> Iterator[S3Server]:
+    """An S3 server that honours If-Match on PUT, which Swift does not."""
+    with run_moto() as server:
+        yield server
+
+
+@pytest.fixture
+def s3_bucket(s3_server: S3Server) -> str:
+    """URI of a new, empty bucket."""
+    return s3_server.make_bucket()
+
+
+@pytest.fixture
+def faulty_s3(s3_server: S3Server) -> Iterator[FaultyProxy]:
+    """A proxy in front of ``s3_server``; use its ``endpoint_url`` and ``inject`` faults."""
+    with FaultyProxy(s3_server.endpoint_url) as proxy:
+        yield proxy
