@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from pipeline.errors import ConflictError, ObjectChangedError, StorageError
 from pipeline.records import ObjectInfo
@@ -44,7 +44,7 @@ class LocalStore:
 
     def open(self, uri: str, version: str | None, *, buffer_bytes: int) -> BinaryIO:
         """Open a file; what replaces it later does not show through the open file."""
-        file = cast(BinaryIO, open(uri, "rb", buffering=buffer_bytes))  # noqa: PTH123, SIM115
+        file = open(uri, "rb", buffering=buffer_bytes)  # noqa: PTH123, SIM115
         found = _describe(uri, os.fstat(file.fileno())).version
         if version is not None and version != found:
             file.close()

@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 _PART_BYTES = 64 << 20
 _MOST_PARTS = 10_000
+_LIST_PAGE = 1000
 _UPLOAD_THREADS = 4
 _DELETES_AT_ONCE = 32
 _BODY_PIECE_BYTES = 1 << 20
@@ -150,7 +151,7 @@ class S3Store:
 
     def _list(self, bucket: str, prefix: str) -> list[ObjectInfo]:
         found: list[ObjectInfo] = []
-        request = {"Bucket": bucket, "Prefix": prefix}
+        request = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": _LIST_PAGE}
         while True:
             page = faults.retry(
                 lambda: self._call("list_objects_v2", **request),
