@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ LOG = logging.getLogger("pipeline")
 
 _LOG_EVERY_S = 10.0
 _MIN_ROWS_FOR_SHARE = 1000
+_MAX_MARKS = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,8 @@ class EmbedReport:
         batch_size: Smallest batch size that was in use; smaller than asked after memory ran out.
         failed_shards: Shards that could not be read, with the reason; they are not committed.
         newest_image_s: Time of the newest source behind the live rows, in seconds since 1970.
+        timeline: Rows written by then, at some moments: (seconds since the first shard was sent,
+            rows).
     """
 
     run_id: str
@@ -99,6 +102,7 @@ class EmbedReport:
     batch_size: int = 0
     failed_shards: Mapping[str, str] = field(default_factory=dict)
     newest_image_s: float | None = None
+    timeline: Sequence[tuple[float, int]] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""
@@ -114,6 +118,13 @@ class Counters:
         self.seconds: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self.batch_size = 0
+        self.timeline: list[tuple[float, int]] = []
+
+    def mark(self, seconds: float) -> None:
+        """Note how far the run is; the notes stay few however long it goes."""
+        self.timeline.append((round(seconds, 2), self.rows))
+        if len(self.timeline) > _MAX_MARKS:
+            del self.timeline[1:-1:2]
 
     @property
     def rows(self) -> int:

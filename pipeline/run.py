@@ -44,6 +44,7 @@ from pipeline.parts import (
 from pipeline.readers import carried_schema
 from pipeline.records import Commit, Layout, PartInfo, Shard, Space, count_statuses
 from pipeline.report import LOG, Counters, EmbedReport, ImageCounts, show_progress
+from pipeline.report_page import render_report, sample_failures
 from pipeline.shards import Listing, Plan, list_sources, make_object_shard, plan_shards
 from pipeline.storage import Storage, join_uri, normalise_uri
 from pipeline.transforms import resolve_data_config
@@ -344,6 +345,7 @@ class _Run:
                     pending.append(pool.submit(self._commit, opened))
                     metrics.count_commit()
                 pending = _drop_finished(pending)
+                self._counters.mark(time.time() - self._embed_started_s)
                 self._counters.check_limit(*limits)
                 progress.update(
                     images=self._counters.rows,
@@ -455,12 +457,21 @@ class _Run:
             batch_size=self._counters.batch_size,
             failed_shards=self._failed_shards,
             newest_image_s=max((c.modified_s or 0.0 for c in live.values()), default=0.0) or None,
+            timeline=self._counters.timeline,
         )
-        data = json.dumps(report.to_dict(), indent=2, ensure_ascii=False).encode()
-        self._storage.put(join_uri(self._config.output, "runs", f"{self._run_id}.json"), data)
+        self._write_report(report)
         if self._failed_shards:
             raise _describe_failed_shards(report)
         return report
+
+    def _write_report(self, report: EmbedReport) -> None:
+        base = join_uri(self._config.output, "runs", self._run_id)
+        values = report.to_dict()
+        self._storage.put(f"{base}.json", json.dumps(values, indent=2, ensure_ascii=False).encode())
+        failures = sample_failures(
+            self._config.output, list(self._committed.values()), self._storage
+        )
+        self._storage.put(f"{base}.html", render_report(values, failures=failures).encode())
 
 
 def _drop_finished(pending: list[Future[None]]) -> list[Future[None]]:
