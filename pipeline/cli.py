@@ -64,6 +64,9 @@ def parse_settings(
 ) -> Settings:
     """Build settings from flags and, with ``--config FILE``, a TOML file that flags override.
 
+    A class made of other jobs' settings (``NightlyConfig``) takes the flags of all of them, and a
+    TOML table for each; a flag that several know goes to each.
+
     Args:
         settings_class: A frozen dataclass; its fields are the flags and the TOML keys.
         argv: Arguments without the program's name; those of the process by default.
@@ -73,24 +76,69 @@ def parse_settings(
         SettingsError: An unknown flag or key (the message names the nearest), or a bad value.
         SystemExit: ``--help`` was asked for (0), or the flags do not parse (2).
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    hyphenated = [_hyphenate(argument) for argument in arguments]
+    arguments = [_hyphenate(text) for text in (sys.argv[1:] if argv is None else argv)]
+    arguments, config_path = _take_config(arguments)
+    values = {} if config_path is None else _read_toml(config_path)
     flags = dict(_list_flags(settings_class))
-    given = {argument.split("=")[0] for argument in hyphenated if argument.startswith("--")}
-    _check_flags(given, flags)
-    arguments, config_path = _take_config(hyphenated)
-    if config_path is not None:
-        values = _flatten(_read_toml(config_path), settings_class, where=str(config_path))
-        arguments += [
-            token
-            for name, value in values.items()
-            if not given & {f"--{name}", f"--no-{name}"}
-            for token in _to_tokens(name, value)
-        ]
+    _check_flags({text.split("=")[0] for text in arguments if text.startswith("--")}, flags)
+    sections = _list_sections(settings_class)
+    if not sections:
+        return _parse_one(settings_class, arguments, values, where=str(config_path), prog=prog)
+    for key in set(values) - set(sections):
+        raise SettingsError(f"unknown table {key!r} in {config_path}{_suggest(key, set(sections))}")
+    parsed: dict[str, Any] = {
+        name: _parse_one(
+            section,
+            _select_flags(arguments, section),
+            values.get(name, {}),
+            where=f"[{name}] of {config_path}",
+            prog=f"{prog} ({name})",
+        )
+        for name, section in sections.items()
+    }
+    return settings_class(**parsed)
+
+
+def _list_sections(settings_class: type) -> dict[str, type]:
+    """Return the fields that are settings of their own, where a class has only such fields."""
+    hints = get_type_hints(settings_class)
+    sections = {item.name: hints[item.name] for item in fields(settings_class)}
+    return sections if all(map(is_dataclass, sections.values())) else {}
+
+
+def _select_flags(arguments: Sequence[str], settings_class: type) -> list[str]:
+    """Return the arguments whose flags the class has, with their values."""
+    names = {name for name, _ in _list_flags(settings_class)} | {"help"}
+    selected: list[str] = []
+    wanted = False
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag = argument.removeprefix("--").split("=")[0]
+            wanted = flag in names or flag.removeprefix("no-") in names
+        if wanted:
+            selected.append(argument)
+    return selected
+
+
+def _parse_one(
+    settings_class: type[Settings],
+    arguments: list[str],
+    values: Mapping[str, Any],
+    *,
+    where: str,
+    prog: str,
+) -> Settings:
+    given = {text.split("=")[0] for text in arguments if text.startswith("--")}
+    tokens = [
+        token
+        for name, value in _flatten(values, settings_class, where=where).items()
+        if not given & {f"--{name}", f"--no-{name}"}
+        for token in _to_tokens(name, value)
+    ]
     description = (settings_class.__doc__ or "") + "\n\n--config FILE reads settings from TOML."
     return tyro.cli(
         settings_class,
-        args=arguments,
+        args=arguments + tokens,
         prog=prog,
         description=description,
         config=(tyro.conf.OmitArgPrefixes,),

@@ -98,6 +98,8 @@ class EmbedConfig:
     """Stop the run when more images fail: a count (100) or a share (1%)."""
     retry_failed: bool = False
     """Embed again the shards that have failed rows."""
+    retry_failed_once: bool = False
+    """The same, but leave alone those that were tried again before."""
     verify: bool = False
     """Check every commit against its parts, and do nothing else."""
     prune: bool = False
@@ -228,3 +230,134 @@ class ServeConfig:
             raise SettingsError(f"top_k_classes is {self.top_k_classes}; use 0 to 1000")
         parse_size(self.max_body, setting="max_body")
         parse_size(self.image_cache, setting="image_cache")
+
+
+@dataclass(frozen=True, slots=True)
+class IndexConfig:
+    """Index committed embeddings: a new generation, tuned, measured, published."""
+
+    index: str
+    """Where the index goes; an existing one is brought up to date."""
+    embeddings: str | None = None
+    """Output of the embed job; not needed to roll back, collect garbage, or export."""
+    kind: Literal["auto", "flat", "rabitq", "ivf-rabitq", "ivf-sq8", "hnsw"] = "auto"
+    """Kind of index; auto chooses by rows, width, memory and recall, and says why."""
+    target_recall: float = 0.95
+    """Share of the true ten nearest neighbours that a search has to find."""
+    memory_budget: str = "8GB"
+    """Memory that one process may hold, to build a segment and to search."""
+    full: bool = False
+    """Build everything anew instead of adding to the generation that serves."""
+    force: bool = False
+    """Publish even if a gate refuses."""
+    max_row_drop: float = 0.1
+    """Largest share of rows that may disappear from one generation to the next."""
+    queries: int = 1000
+    """Rows held out to measure recall with."""
+    seed: int = 0
+    """Makes the sample and the training repeatable."""
+    knn: int | None = None
+    """Also write the k nearest neighbours of every image, as Parquet."""
+    near_duplicates: float | None = None
+    """Also write groups of images whose cosine is at least this, as Parquet, e.g. 0.97."""
+    roll_back: str | None = None
+    """Serve an older generation again, and do nothing else: its name, or previous."""
+    collect_garbage: Literal["no", "list", "delete"] = "no"
+    """List or delete what no kept generation needs, and do nothing else."""
+    keep_generations: int = 3
+    """Newest generations that garbage collection keeps."""
+    min_age_hours: float = 48.0
+    """Age below which garbage collection deletes nothing."""
+    workers: Literal["auto", "local", "ray"] = "auto"
+    """Where to build; auto takes this process for small indexes, a Ray cluster for large ones."""
+    cache_dir: str | None = None
+    """Where files of a remote index are kept; the user's cache folder otherwise."""
+    dry_run: bool = False
+    """Say what would be done, and do nothing."""
+    ray_address: str | None = None
+    """Ray cluster to join; the surrounding job's, or one started here, otherwise."""
+    storage: StorageOptions = field(default_factory=StorageOptions)
+    """How to reach object storage."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target_recall <= 1:
+            raise SettingsError(f"target_recall is {self.target_recall}; use more than 0, up to 1")
+        if not 0 <= self.max_row_drop <= 1:
+            raise SettingsError(f"max_row_drop is {self.max_row_drop}; use a share from 0 to 1")
+        for name in ("queries", "keep_generations", "knn"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingsError(f"{name} is {value}; it must be at least 1")
+        if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
+            raise SettingsError(
+                f"near_duplicates is {self.near_duplicates}; use a cosine above 0, up to 1"
+            )
+        if self.min_age_hours < 0:
+            raise SettingsError(f"min_age_hours is {self.min_age_hours}; it must not be negative")
+        parse_size(self.memory_budget, setting="memory_budget")
+
+
+@dataclass(frozen=True, slots=True)
+class SearchConfig:
+    """Find the nearest neighbours of a picture, of a key, or of vectors."""
+
+    index: str
+    """The index: a path or URI."""
+    image: str | None = None
+    """Picture to search with: a path or URI; embedded exactly as the index's images were."""
+    key: str | None = None
+    """Key of an image of the index to search with; itself left out."""
+    vector: str | None = None
+    """A .npy file with one vector, or several as rows, to search with."""
+    k: int = 10
+    """Number of neighbours."""
+    where: str | None = None
+    """Only images that fulfil a condition on carried columns, e.g. "cls = dress"."""
+    exact: bool = False
+    """Compare with every vector instead of looking them up."""
+    json: bool = False
+    """Print nothing but the JSON line."""
+    html: str | None = None
+    """Also write a page with the pictures to this file."""
+    generation: str | None = None
+    """Search this generation instead of the newest."""
+    cache_dir: str | None = None
+    """Where files of a remote index are kept; the user's cache folder otherwise."""
+    storage: StorageOptions = field(default_factory=StorageOptions)
+    """How to reach object storage."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("image", "key", "vector") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise SettingsError(
+                f"{' and '.join(given) or 'nothing'} given to search with; "
+                "pass exactly one of --image, --key and --vector"
+            )
+        if not 1 <= self.k <= 10_000:
+            raise SettingsError(f"k is {self.k}; ask for 1 to 10000 neighbours")
+
+
+@dataclass(frozen=True, slots=True)
+class NightlyOptions:
+    """What the nightly job does besides embedding and indexing."""
+
+    metrics_file: str | None = None
+    """Also write freshness and row counts here, for Prometheus' textfile collector."""
+    max_age_hours: float | None = None
+    """Fail when the newest image indexed is older than this."""
+
+    def __post_init__(self) -> None:
+        if self.max_age_hours is not None and self.max_age_hours <= 0:
+            raise SettingsError(f"max_age_hours is {self.max_age_hours}; it must be positive")
+
+
+@dataclass(frozen=True, slots=True)
+class NightlyConfig:
+    """Embed, index and report: safe to schedule, never two at once."""
+
+    embed: EmbedConfig
+    """Table [embed]: the settings of jobs/embed.py."""
+    index: IndexConfig
+    """Table [index]: the settings of jobs/index.py; embeddings is the embed job's output."""
+    nightly: NightlyOptions
+    """Table [nightly]."""

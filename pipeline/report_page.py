@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import jinja2
+import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -186,18 +187,17 @@ def _share_stages(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
 
 
 def _draw_throughput(timeline: Sequence[Sequence[float]]) -> dict[str, Any] | None:
-    """Return a polyline of images per second from (seconds, images so far)."""
-    if len(timeline) < 3:
+    """Return a line of images per second over time from (seconds, images so far)."""
+    if len(timeline) < 3 or timeline[-1][0] <= 0:
         return None
-    seconds = timeline[-1][0] or 1.0
-    width = max(1, len(timeline) // 40)  # a window of samples smooths the bursts of receipts
-    rates = [
-        (late[0], (late[1] - early[1]) / max(1e-6, late[0] - early[0]))
-        for early, late in zip(timeline, timeline[width:], strict=False)
-    ]
-    peak = max(rate for _, rate in rates) or 1.0
+    seconds = timeline[-1][0]
+    edges = np.linspace(0, seconds, min(60, len(timeline)) + 1)
+    times, images = [0.0, *(t for t, _ in timeline)], [0.0, *(n for _, n in timeline)]
+    rates = np.diff(np.interp(edges, times, images)) / np.diff(edges)
+    peak = float(rates.max()) or 1.0
     points = " ".join(
-        f"{50 + 930 * time_s / seconds:.1f},{190 - 170 * rate / peak:.1f}" for time_s, rate in rates
+        f"{50 + 930 * middle / seconds:.1f},{190 - 170 * rate / peak:.1f}"
+        for middle, rate in zip((edges[1:] + edges[:-1]) / 2, rates, strict=True)
     )
     return {"peak": peak, "seconds": seconds, "points": points}
 

@@ -209,7 +209,7 @@ def _describe_plan(
         layout=info.layout,
         commits=(commits := list_commits(config.output, storage)),
         retired=list_retired(config.output, storage),
-        again=_list_failed(commits) if config.retry_failed else frozenset(),
+        again=_list_again(config, commits),
     )
     return DryRunReport(
         output=config.output,
@@ -220,10 +220,20 @@ def _describe_plan(
     )
 
 
-def _list_failed(commits: Mapping[str, Commit]) -> frozenset[str]:
+def _list_again(config: EmbedConfig, commits: Mapping[str, Commit]) -> frozenset[str]:
+    """Return the committed shards to embed once more for the sake of their failed rows."""
+    if not (config.retry_failed or config.retry_failed_once):
+        return frozenset()
     return frozenset(
-        shard_id for shard_id, commit in commits.items() if set(commit.statuses) - {"ok"}
+        shard_id
+        for shard_id, commit in commits.items()
+        if set(commit.statuses) - {"ok"} and (config.retry_failed or not _was_retried(commit))
     )
+
+
+def _was_retried(commit: Commit) -> bool:
+    # Parts of a shard that is embedded once more go to a folder of their own.
+    return not all(part.path.startswith(f"parts/{commit.shard_id}/") for part in commit.parts)
 
 
 def _count_shards(plan: Plan) -> dict[str, int]:
@@ -290,7 +300,7 @@ class _Run:
             layout=self._info.layout,
             commits=commits,
             retired=retired,
-            again=_list_failed(commits) if self._config.retry_failed else frozenset(),
+            again=_list_again(self._config, commits),
             sequence=self._sequence,
         )
         LOG.info(

@@ -1,0 +1,17 @@
+"""Embed, index, report, every night: ``python jobs/nightly.py --config nightly.toml``."""
+
+import sys
+from collections.abc import Sequence
+
+from pipeline.cli import run_job
+from pipeline.config import NightlyConfig
+from pipeline.nightly import run_nightly
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the nightly job; return its exit code."""
+    return run_job("nightly", NightlyConfig, run_nightly, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
