@@ -1,5 +1,6 @@
 """Real pictures, real shards, and pictures that no decoder should trust."""
 
+import functools
 import io
 import struct
 import tarfile
@@ -81,17 +82,17 @@ def write_loose(folder: Path, images: Mapping[str, bytes]) -> Path:
     return folder
 
 
-def make_shard(path: Path | str) -> Shard:
+def make_shard(path: Path | str, storage: Storage | None = None) -> Shard:
     """Describe a tar or Parquet object as planning would."""
-    info = Storage().stat(str(path))
+    info = (storage or Storage()).stat(str(path))
     root, _, name = info.uri.rpartition("/")
     kind = "parquet" if name.endswith(".parquet") else "tar"
     return Shard("0123456789abcdef", kind, info.uri, root, name, info.size_bytes, info.version)
 
 
-def make_bundle(root: Path | str) -> Shard:
+def make_bundle(root: Path | str, storage: Storage | None = None) -> Shard:
     """Describe all objects under a folder or prefix as one bundle."""
-    infos = Storage().list_objects(str(root))
+    infos = (storage or Storage()).list_objects(str(root))
     members = tuple(
         Member(info.uri[len(str(root)) + 1 :], info.uri, info.size_bytes, info.version)
         for info in infos
@@ -116,6 +117,7 @@ class HostilePicture:
     words: str
 
 
+@functools.cache
 def make_hostile_pictures() -> dict[str, HostilePicture]:
     """Return pictures that are broken or lie, by the name they would have in a dataset."""
     jpeg, png = make_jpeg(), encode(make_picture(), "PNG")

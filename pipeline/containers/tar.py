@@ -82,7 +82,7 @@ def read_tar(
 
 def _is_full(sample: list[FoundImage], options: ReadOptions) -> bool:
     size_bytes = sum(len(image.data) for image in sample)
-    return len(sample) >= options.chunk_images or size_bytes >= options.chunk_bytes
+    return len(sample) > options.chunk_images or size_bytes > options.chunk_bytes
 
 
 def _carry(sample: list[FoundImage], sidecars: dict[str, str]) -> Iterator[FoundImage]:
