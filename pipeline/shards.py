@@ -256,20 +256,16 @@ def plan_shards(
         else:
             folder = f"{shard.id}.{sequence}" if shard.id in again else shard.id
             embed.append(replace(shard, supersedes=old, folder=folder))
-    replaced = {old for shard in embed for old in shard.supersedes}
-    replaced |= {old for _, olds in restored for old in olds}
+    leaving = {old for shard in embed for old in shard.supersedes}
+    leaving |= {old for _, olds in restored for old in olds}
     removed = [
         commit
         for shard_id, commit in commits.items()
-        if shard_id not in here and shard_id not in replaced and commit.root in listing.roots
+        if shard_id not in here | leaving and _covers(listing.roots, commit.root, commit.source)
     ]
-    carried = [
-        commit
-        for shard_id, commit in commits.items()
-        if shard_id not in again
-        and (shard_id in here or (shard_id not in replaced and commit.root not in listing.roots))
-    ]
-    _check_names(embed, carried)
+    leaving |= {commit.shard_id for commit in removed} | {shard.id for shard in embed}
+    carried = [commit for shard_id, commit in commits.items() if shard_id not in leaving]
+    _check_names(embed, [*carried, *(commit for commit, _ in restored)])
     return Plan(
         embed=tuple(sorted(embed, key=lambda shard: (-shard.size_bytes, shard.source))),
         carried=tuple(carried),
@@ -304,24 +300,25 @@ def _plan_bundles(
 ) -> tuple[list[Shard], set[str]]:
     """Cut loose images into bundles; return the new ones, and the ids of those that still hold.
 
-    A committed bundle holds while all its images are listed unchanged. Otherwise the images that
-    are left of it make one bundle that supersedes it, so that no reader ever misses one of them.
-    New and changed images are cut in order of their names; each cut depends on the bundle's own
-    images only, so an interrupted run cuts the rest exactly as it would have.
+    A committed bundle holds while all its images are listed unchanged. Otherwise those that are
+    left of it, changed or not, make one bundle that supersedes it: no reader ever misses one of
+    them or sees two versions of it. New images are cut in order of their names; each cut depends
+    on the bundle's own images only, so a run after an interruption cuts the rest exactly as the
+    interrupted one would have.
     """
-    loose = {source.name: source for source in listing.sources if source.kind == "image"}
+    loose = {source.info.uri: source for source in listing.sources if source.kind == "image"}
     kept: set[str] = set()
     shards: list[Shard] = []
     for shard_id, commit in commits.items():
-        if commit.kind != "bundle" or commit.root not in listing.roots:
+        if commit.kind != "bundle":
             continue
-        remaining = [m for m in commit.members if _is_unchanged(m, loose.get(m.key))]
-        for member in remaining:
-            del loose[member.key]
-        if len(remaining) == len(commit.members) and shard_id not in again:
+        listed = {m.uri: loose.pop(m.uri) for m in commit.members if m.uri in loose}
+        members = _renew_members(commit, listed, listing.roots)
+        if members == commit.members and not (listed and shard_id in again):
             kept.add(shard_id)
-        elif remaining:
-            shard = _make_bundle(remaining, commit.root, chunking, modified_s=commit.modified_s)
+        elif members:
+            times = [commit.modified_s, *(source.info.modified_s for source in listed.values())]
+            shard = _make_bundle(members, commit.root, chunking, times=times)
             old = () if shard.id == shard_id else (shard_id,)
             shards.append(replace(shard, supersedes=old))
     for root in listing.roots:
@@ -330,12 +327,23 @@ def _plan_bundles(
     return shards, kept
 
 
-def _is_unchanged(member: Member, source: Source | None) -> bool:
-    return (
-        source is not None
-        and source.info.uri == member.uri
-        and source.info.version == member.version
-    )
+def _renew_members(
+    commit: Commit, listed: Mapping[str, Source], roots: Sequence[str]
+) -> tuple[Member, ...]:
+    """Return the images of a committed bundle as they are now, without those that are gone."""
+    members = []
+    for member in commit.members:
+        if member.uri in listed:
+            info = listed[member.uri].info
+            members.append(replace(member, size_bytes=info.size_bytes, version=info.version))
+        elif not _covers(roots, commit.root, member.uri):
+            members.append(member)
+    return tuple(members)
+
+
+def _covers(roots: Sequence[str], root: str, uri: str) -> bool:
+    """Tell whether inputs would list an object of another input ``root`` if it were there."""
+    return root in roots or any(uri == r or uri.startswith(f"{r.rstrip('/')}/") for r in roots)
 
 
 def _cut_bundles(sources: Iterable[Source]) -> Iterator[list[Source]]:
@@ -356,8 +364,8 @@ def _bundle_sources(sources: Sequence[Source], chunking: Sequence[object]) -> Sh
         Member(source.name, source.info.uri, source.info.size_bytes, source.info.version)
         for source in sources
     ]
-    times = [s.info.modified_s for s in sources if s.info.modified_s is not None]
-    return _make_bundle(members, sources[0].root, chunking, modified_s=max(times, default=None))
+    times = [source.info.modified_s for source in sources]
+    return _make_bundle(members, sources[0].root, chunking, times=times)
 
 
 def _make_bundle(
@@ -365,7 +373,7 @@ def _make_bundle(
     root: str,
     chunking: Sequence[object],
     *,
-    modified_s: float | None,
+    times: Iterable[float | None],
 ) -> Shard:
     version = digest_json([[member.uri, member.version] for member in members])
     return Shard(
@@ -376,7 +384,7 @@ def _make_bundle(
         name="",
         size_bytes=sum(member.size_bytes for member in members),
         version=version,
-        modified_s=modified_s,
+        modified_s=max((time for time in times if time is not None), default=None),
         members=tuple(members),
     )
 
