@@ -33,7 +33,7 @@ from pipeline.images import ImageLimits
 from pipeline.metrics import ActorMetrics, LoadSample
 from pipeline.parts import OutputInfo, build_part, write_part
 from pipeline.readers import read_chunks
-from pipeline.records import Chunk, PartInfo, Shard, count_statuses
+from pipeline.records import Chunk, PartInfo, Record, Shard, count_statuses
 from pipeline.storage import Storage, join_uri
 
 _READ_CPUS = 0.05
@@ -202,6 +202,20 @@ def run_flow(
             yield pickle.loads(data)
 
 
+def time_sample(records: Sequence[Record], settings: FlowSettings, resources: Resources) -> float:
+    """Embed a sample on one actor's resources; return its images per second, warmed up."""
+
+    @ray.remote(num_cpus=0.9 * resources.cpus, num_gpus=resources.gpus)  # type: ignore[untyped-decorator]
+    def embed_twice(sample: Sequence[Record]) -> float:
+        embedder = _make_embedder(settings, _count_threads(resources))
+        embedder.embed(sample)
+        start_s = time.perf_counter()
+        embedder.embed(sample)
+        return len(sample) / (time.perf_counter() - start_s)
+
+    return float(ray.get(embed_twice.remote(records)))
+
+
 def _configure_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -349,21 +363,22 @@ def _unpack_load(header: bytes, images: Iterator[bytes]) -> list[tuple[Shard, Ch
     return load
 
 
+def _make_embedder(settings: FlowSettings, threads: int) -> Embedder:
+    """Build the embedder of this process, on the device that Ray gave it."""
+    options = settings.embedder
+    if not ray.get_gpu_ids():
+        options = replace(options, device="cpu", torch_threads=threads)
+    return Embedder(
+        settings.info.space, weights=settings.weights, options=options, storage=settings.storage
+    )
+
+
 class _EmbedActor:
     """A process with an embedder; turns loads into parts and receipts."""
 
     def __init__(self, settings: FlowSettings, threads: int) -> None:
-        options = settings.embedder
-        on_gpu = bool(ray.get_gpu_ids())
-        if not on_gpu:
-            options = replace(options, device="cpu", torch_threads=threads)
         self._settings = settings
-        self._embedder = Embedder(
-            settings.info.space,
-            weights=settings.weights,
-            options=options,
-            storage=settings.storage,
-        )
+        self._embedder = _make_embedder(settings, threads)
         self._metrics = ActorMetrics(settings.run_id)
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -6,74 +6,37 @@ import uuid
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
-from typing import Any
-
-import PIL
-import pyarrow as pa
+from dataclasses import asdict, replace
 
 from pipeline import dataflow
-from pipeline.backbones import (
-    LoadedWeights,
-    create_backbone,
-    find_backbone,
-    load_weights,
-    save_weights,
-    weights_digest,
-)
-from pipeline.config import EmbedConfig, parse_failure_limit, parse_size
+from pipeline.backbones import find_backbone
+from pipeline.config import EmbedConfig, parse_failure_limit
 from pipeline.dataflow import FlowSettings, Receipt, Resources
 from pipeline.errors import CorruptionError, StorageError
+from pipeline.estimate import DryRunReport, count_shards, estimate_run, list_again
 from pipeline.lease import Lease
 from pipeline.metrics import DriverMetrics
+from pipeline.outputs import describe_output, make_output
 from pipeline.parts import (
     OutputInfo,
     VerifyReport,
-    claim_output,
     list_commits,
     list_present_commits,
     list_retired,
     prune_output,
-    read_output_info,
     renew_commit,
     restore_commit,
     retire_commit,
     verify_output,
     write_commit,
 )
-from pipeline.readers import carried_schema
-from pipeline.records import Commit, Layout, PartInfo, Shard, Space, count_statuses
+from pipeline.records import Commit, PartInfo, Shard, count_statuses
 from pipeline.report import LOG, Counters, EmbedReport, ImageCounts, show_progress
 from pipeline.report_page import render_report, sample_failures
-from pipeline.shards import Listing, Plan, list_sources, make_object_shard, plan_shards
+from pipeline.shards import Listing, Plan, list_sources, plan_shards
 from pipeline.storage import Storage, join_uri, normalise_uri
-from pipeline.transforms import resolve_data_config
 
 _COMMIT_THREADS = 16
-_PREPROCESSING_VERSION = "1"
-
-
-@dataclass(frozen=True, slots=True)
-class DryRunReport:
-    """What a run would do.
-
-    Attributes:
-        output: The output.
-        space_id: The space it would be of.
-        shards: Number of shards by what would become of them.
-        embed_bytes: Size of the shards that would be read.
-        listed_bytes: Size of everything listed.
-    """
-
-    output: str
-    space_id: str
-    shards: Mapping[str, int]
-    embed_bytes: int
-    listed_bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON-ready values."""
-        return {"job": "embed", "dry_run": True} | asdict(self)
 
 
 def embed(config: EmbedConfig) -> EmbedReport | DryRunReport | VerifyReport:
@@ -94,13 +57,14 @@ def embed(config: EmbedConfig) -> EmbedReport | DryRunReport | VerifyReport:
     storage = Storage(config.storage)
     if config.verify:
         return _verify(config, storage)
-    info, weights = _describe_output(config, storage)
+    find_backbone(config.model)  # a misspelt name needs no listing to be found
     listing = list_sources(config.input, config.input_kind, storage)
+    info, weights = describe_output(config, storage)
     if config.dry_run:
-        return _describe_plan(config, info, listing, storage)
+        return estimate_run(config, info, listing, storage)
     run_id = time.strftime("%Y%m%d-%H%M%S", time.gmtime(started_s)) + f"-{uuid.uuid4().hex[:6]}"
     with Lease(config.output, run_id, storage=storage) as lease:
-        claimed = _claim(config, info, weights, listing, storage)
+        claimed = make_output(config, info, weights, listing, storage)
         run = _Run(config, run_id, started_s, claimed, lease)
         return run.execute(listing)
 
@@ -115,135 +79,6 @@ def _verify(config: EmbedConfig, storage: Storage) -> VerifyReport:
         error.report = report
         raise error
     return report
-
-
-def _describe_output(
-    config: EmbedConfig, storage: Storage
-) -> tuple[OutputInfo, LoadedWeights | None]:
-    """Return what the output is, or will be, and the weights where they had to be loaded."""
-    find_backbone(config.model)  # before anything is read or loaded
-    found = read_output_info(config.output, storage)
-    source = f"{config.weights} of {config.model}"
-    weights = None
-    if found is not None and _is_reproducible(config.weights) and found.weights_source == source:
-        digest = found.space.weights_sha256
-    else:
-        weights = load_weights(config.model, config.weights)
-        digest = weights_digest(weights.state_dict)
-    data_config = resolve_data_config(config.model, use_test_size=config.image_size == "test")
-    if config.image_size.isdecimal():
-        data_config = data_config.with_size(int(config.image_size))
-    space = Space(
-        backbone=config.model,
-        weights_sha256=digest,
-        image_size=data_config.image_size,
-        crop_pct=data_config.crop_pct,
-        interpolation=data_config.interpolation,
-        mean=data_config.mean,
-        std=data_config.std,
-        exif=config.exif,
-        decode=config.decode,
-        precision=config.precision,
-        dim=create_backbone(config.model, weights=None, num_classes=0).embedding_dim,
-        versions={"pillow": PIL.__version__, "preprocessing": _PREPROCESSING_VERSION},
-    )
-    layout = Layout(
-        chunk_images=config.chunk_images,
-        chunk_bytes=parse_size(config.chunk_bytes, setting="chunk_bytes"),
-        embedding_dtype=config.embedding_dtype,
-        top_k_classes=config.top_k_classes,
-        carry=config.carry,
-        image_column=config.image_column,
-        key_column=config.key_column,
-    )
-    info = OutputInfo(
-        space,
-        layout,
-        found.carried if found else pa.schema([]),
-        weights=f"weights/{digest[:16]}.safetensors",
-        weights_source=source,
-        weights_revision=weights.revision if weights else None,
-    )
-    return info, weights
-
-
-def _is_reproducible(weights: str) -> bool:
-    """Tell whether the name alone decides the weights, so that a copy of them will do."""
-    return weights == "pretrained" or weights.startswith("random:")
-
-
-def _claim(
-    config: EmbedConfig,
-    info: OutputInfo,
-    weights: LoadedWeights | None,
-    listing: Listing,
-    storage: Storage,
-) -> OutputInfo:
-    """Make the output one of this space, with the weights kept there for actors and lookups."""
-    if read_output_info(config.output, storage) is None:
-        info = replace(info, carried=_find_carried_schema(info.layout, listing, storage))
-    else:
-        info = claim_output(config.output, info, storage)
-    uri = join_uri(config.output, info.weights)
-    if not storage.exists(uri):
-        weights = weights or load_weights(config.model, config.weights, storage=storage)
-        save_weights(weights.state_dict, uri, storage=storage)
-    return claim_output(config.output, info, storage)
-
-
-def _find_carried_schema(layout: Layout, listing: Listing, storage: Storage) -> pa.Schema:
-    """Return the types of the carried columns, as the first Parquet shard has them."""
-    for source in listing.sources:
-        if layout.carry and source.kind == "parquet":
-            shard = make_object_shard(source, chunking=())
-            return carried_schema(shard, storage=storage, carry=layout.carry)
-    return pa.schema([pa.field(name, pa.string()) for name in layout.carry])
-
-
-def _describe_plan(
-    config: EmbedConfig, info: OutputInfo, listing: Listing, storage: Storage
-) -> DryRunReport:
-    plan = plan_shards(
-        listing,
-        space_id=info.space.id,
-        layout=info.layout,
-        commits=(commits := list_commits(config.output, storage)),
-        retired=list_retired(config.output, storage),
-        again=_list_again(config, commits),
-    )
-    return DryRunReport(
-        output=config.output,
-        space_id=info.space.id,
-        shards=_count_shards(plan),
-        embed_bytes=sum(shard.size_bytes for shard in plan.embed),
-        listed_bytes=plan.listed_bytes,
-    )
-
-
-def _list_again(config: EmbedConfig, commits: Mapping[str, Commit]) -> frozenset[str]:
-    """Return the committed shards to embed once more for the sake of their failed rows."""
-    if not (config.retry_failed or config.retry_failed_once):
-        return frozenset()
-    return frozenset(
-        shard_id
-        for shard_id, commit in commits.items()
-        if set(commit.statuses) - {"ok"} and (config.retry_failed or not _was_retried(commit))
-    )
-
-
-def _was_retried(commit: Commit) -> bool:
-    # Parts of a shard that is embedded once more go to a folder of their own.
-    return not all(part.path.startswith(f"parts/{commit.shard_id}/") for part in commit.parts)
-
-
-def _count_shards(plan: Plan) -> dict[str, int]:
-    return {
-        "embed": len(plan.embed),
-        "carried_over": len(plan.carried),
-        "restored": len(plan.restored),
-        "removed": len(plan.removed),
-        "ignored_objects": plan.ignored,
-    }
 
 
 class _OpenShard:
@@ -300,7 +135,7 @@ class _Run:
             layout=self._info.layout,
             commits=commits,
             retired=retired,
-            again=_list_again(self._config, commits),
+            again=list_again(self._config, commits),
             sequence=self._sequence,
         )
         LOG.info(
@@ -455,7 +290,7 @@ class _Run:
                 carried_over=carried_rows,
                 removed=removed_rows,
             ),
-            shards=_count_shards(plan)
+            shards=count_shards(plan)
             | {"embedded": len(self._committed), "failed": len(self._failed_shards)},
             rows=count_statuses(commit.statuses for commit in live.values()),
             images_per_s=self._counters.rows
