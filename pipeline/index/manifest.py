@@ -1,0 +1,392 @@
+"""What a generation is made of, as ``generations/<generation>/manifest.json`` records it.
+
+The manifest names every file with its digest; a reader trusts nothing else. ``CURRENT`` points to
+one manifest and is the only object of an index that ever changes.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from pipeline.errors import CorruptionError, ObjectMissingError
+from pipeline.records import Space
+from pipeline.storage import Storage, join_uri
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """One immutable file of an index.
+
+    Attributes:
+        path: Path under the index.
+        size_bytes: Its size.
+        sha256: Digest of its bytes, hex.
+    """
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class SearchParams:
+    """How far a search looks; the least that meets the target recall.
+
+    Attributes:
+        nprobe: Inverted lists that are scanned; 0 for kinds without lists.
+        candidates: Rows of each segment that are ranked again by their stored vectors, at least;
+            0 where the codes are exact.
+        ef: Candidates that HNSW keeps; 0 for other kinds.
+    """
+
+    nprobe: int = 0
+    candidates: int = 0
+    ef: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRows:
+    """Where the rows of one shard begin and end in a segment.
+
+    Attributes:
+        shard_id: The shard.
+        first: Number of its first row.
+        rows: How many rows it has there.
+        skipped: How many of its rows were left out, having no usable vector.
+    """
+
+    shard_id: str
+    first: int
+    rows: int
+    skipped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentInfo:
+    """One immutable segment: some rows, their codes, vectors and keys.
+
+    Attributes:
+        id: Digest of what it was built from; names its folder.
+        kind: How its rows are encoded.
+        delta: True for the rows that a later run added.
+        packed: True for the blocked code layout.
+        rows: Number of rows, deleted ones included.
+        files: ``index`` (FAISS codes), ``vectors`` (float16, row-major), ``keys`` (Parquet),
+            ``order`` (row numbers in the order of keys, uint32), ``truth`` (exact neighbours of the
+            held-out queries), and ``lists`` (rows per inverted list, uint32) where there are any.
+        skipped: Rows left out by reason: ``zero``, ``non_finite``.
+        mean_cosine: Mean cosine of rows to the centroid of their list; None without lists.
+        first_key: Smallest key.
+        last_key: Largest key.
+    """
+
+    id: str
+    kind: str
+    delta: bool
+    packed: bool
+    rows: int
+    files: Mapping[str, FileInfo]
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    mean_cosine: float | None = None
+    first_key: str = ""
+    last_key: str = ""
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all its files."""
+        return sum(file.size_bytes for file in self.files.values())
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SegmentInfo":
+        """Read ``asdict``."""
+        known = _pick(cls, values)
+        known["files"] = {name: FileInfo(**file) for name, file in values["files"].items()}
+        return cls(**known)
+
+
+@dataclass(frozen=True, slots=True)
+class Tombstones:
+    """The deleted rows of one segment.
+
+    Attributes:
+        file: One bit a row, lowest first; 1 is deleted.
+        rows: Number of deleted rows.
+    """
+
+    file: FileInfo
+    rows: int
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Tombstones":
+        """Read ``asdict``."""
+        return cls(FileInfo(**values["file"]), values["rows"])
+
+
+@dataclass(frozen=True, slots=True)
+class CodecInfo:
+    """The codec that all segments share.
+
+    Attributes:
+        id: Digest of its file.
+        kind: Kind of index it encodes for.
+        factory: FAISS factory string.
+        file: The trained, empty index; None for kinds without training.
+        trained_rows: Rows of the index when it was trained.
+        imbalance: Imbalance of the lists then: 1 is even. None without lists.
+        mean_cosine: Mean cosine of rows to their centroid then; None without lists.
+    """
+
+    id: str
+    kind: str
+    factory: str
+    file: FileInfo | None = None
+    trained_rows: int = 0
+    imbalance: float | None = None
+    mean_cosine: float | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "CodecInfo":
+        """Read ``asdict``."""
+        file = values.get("file")
+        return cls(**_pick(cls, values) | {"file": FileInfo(**file) if file else None})
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingsInfo:
+    """Where the rows came from.
+
+    Attributes:
+        uri: The embeddings output.
+        space: The space of all vectors.
+        weights: URI of the backbone's weights, to embed a query picture.
+        statuses: Rows of the output by status.
+        newest_image_s: Change time of the newest image, in seconds since 1970, if known.
+    """
+
+    uri: str
+    space: Space
+    weights: str
+    statuses: Mapping[str, int] = field(default_factory=dict)
+    newest_image_s: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-ready values."""
+        return {
+            "uri": self.uri,
+            "space": self.space.to_dict(),
+            "space_id": self.space.id,
+            "weights": self.weights,
+            "statuses": dict(self.statuses),
+            "newest_image_s": self.newest_image_s,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "EmbeddingsInfo":
+        """Read ``to_dict``."""
+        return cls(**_pick(cls, values) | {"space": Space.from_dict(values["space"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One published, immutable index.
+
+    Attributes:
+        generation: Its name, ``"<seq>-<uid>"``.
+        seq: Number of the publication that made it; grows by one.
+        parent: The generation it was derived from, or None.
+        created_s: When, in seconds since 1970.
+        embeddings: Where its rows came from.
+        dim: Width of the vectors.
+        rows: Live rows.
+        codec: What its segments share.
+        segments: Its segments; main ones first.
+        tombstones: Deleted rows by segment id.
+        search: Tuned search parameters.
+        reason: Why this kind was chosen, in one line.
+        queries: Held-out queries and the floors of their exact neighbours; empty without rows.
+        measured: Recall and latency of ``search`` on them.
+        curve: The same for every setting that was tried.
+        owners: The file that says which live shards own which rows.
+        map: A sample of the rows in two dimensions, to look at; None where there is none.
+        skipped: Rows left out by reason.
+        faiss_version: The library that wrote the codes.
+        metric: Always ``"cosine"``: inner product of unit vectors.
+        format: Version of this layout.
+    """
+
+    generation: str
+    seq: int
+    parent: str | None
+    created_s: float
+    embeddings: EmbeddingsInfo
+    dim: int
+    rows: int
+    codec: CodecInfo
+    segments: tuple[SegmentInfo, ...]
+    tombstones: Mapping[str, Tombstones] = field(default_factory=dict)
+    search: SearchParams = SearchParams()
+    reason: str = ""
+    queries: Mapping[str, FileInfo] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    curve: tuple[Mapping[str, Any], ...] = ()
+    owners: FileInfo | None = None
+    map: FileInfo | None = None
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    faiss_version: str = ""
+    metric: str = "cosine"
+    format: int = FORMAT_VERSION
+
+    def list_files(self) -> list[FileInfo]:
+        """Return every file that the generation needs."""
+        files = [file for segment in self.segments for file in segment.files.values()]
+        files += [tombstones.file for tombstones in self.tombstones.values()]
+        files += self.queries.values()
+        files += [file for file in (self.codec.file, self.owners, self.map) if file is not None]
+        return files
+
+    def to_json(self) -> bytes:
+        """Serialise for ``manifest.json``."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)} | {
+            "embeddings": self.embeddings.to_dict(),
+            "codec": asdict(self.codec),
+            "segments": [asdict(segment) for segment in self.segments],
+            "tombstones": {name: asdict(item) for name, item in self.tombstones.items()},
+            "search": asdict(self.search),
+            "queries": {name: asdict(file) for name, file in self.queries.items()},
+            "owners": asdict(self.owners) if self.owners else None,
+            "map": asdict(self.map) if self.map else None,
+        }
+        return json.dumps(values, indent=1, ensure_ascii=False).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Manifest":
+        """Read ``to_json``."""
+        values = json.loads(data)
+        owners, points = values.get("owners"), values.get("map")
+        parsed = {
+            "embeddings": EmbeddingsInfo.from_dict(values["embeddings"]),
+            "codec": CodecInfo.from_dict(values["codec"]),
+            "segments": tuple(map(SegmentInfo.from_dict, values["segments"])),
+            "tombstones": {k: Tombstones.from_dict(v) for k, v in values["tombstones"].items()},
+            "search": SearchParams(**values["search"]),
+            "queries": {name: FileInfo(**file) for name, file in values["queries"].items()},
+            "curve": tuple(values["curve"]),
+            "owners": FileInfo(**owners) if owners else None,
+            "map": FileInfo(**points) if points else None,
+        }
+        return cls(**_pick(cls, values) | parsed)
+
+
+@dataclass(frozen=True, slots=True)
+class Pointer:
+    """The content of ``CURRENT``.
+
+    Attributes:
+        seq: Number of this publication; grows by one, for a roll-back too.
+        generation: The generation that serves.
+        manifest_sha256: Digest of its manifest, hex.
+    """
+
+    seq: int
+    generation: str
+    manifest_sha256: str
+
+    def to_json(self) -> bytes:
+        """Serialise for ``CURRENT``."""
+        return json.dumps(asdict(self)).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "Pointer":
+        """Read ``to_json``."""
+        return cls(**_pick(cls, json.loads(data)))
+
+
+def _pick(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    return {item.name: values[item.name] for item in fields(cls) if item.name in values}
+
+
+def digest_bytes(data: bytes) -> str:
+    """Return the SHA-256 of ``data``, hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def manifest_path(generation: str) -> str:
+    """Return the path of a generation's manifest under the index."""
+    return f"generations/{generation}/manifest.json"
+
+
+def put_file(index: str, path: str, data: bytes, storage: Storage) -> FileInfo:
+    """Write a small file of an index and describe it."""
+    storage.put(join_uri(index, path), data)
+    return FileInfo(path, len(data), digest_bytes(data))
+
+
+def read_pointer(index: str, storage: Storage) -> tuple[Pointer, str] | None:
+    """Return what ``CURRENT`` says and its version, or None where nothing is published yet.
+
+    Raises:
+        CorruptionError: It is there but cannot be understood.
+    """
+    uri = join_uri(index, "CURRENT")
+    try:
+        data, version = storage.read_versioned(uri)
+    except ObjectMissingError:
+        return None
+    try:
+        return Pointer.from_json(data), version
+    except (ValueError, TypeError) as error:
+        raise CorruptionError(
+            f"{uri} is not a pointer ({error}); roll back with --roll-back <generation>"
+        ) from error
+
+
+def read_manifest(index: str, pointer: Pointer, storage: Storage) -> Manifest:
+    """Return the manifest that ``pointer`` names, its digest verified.
+
+    Raises:
+        CorruptionError: It is not the one that was published, or of a newer format.
+    """
+    uri = join_uri(index, manifest_path(pointer.generation))
+    try:
+        data = storage.read(uri)
+    except ObjectMissingError as error:
+        raise CorruptionError(
+            f"{uri} is missing; roll back to another generation with --roll-back"
+        ) from error
+    if digest_bytes(data) != pointer.manifest_sha256:
+        raise CorruptionError(
+            f"{uri} is not what was published: its digest differs from CURRENT's; "
+            "restore it, or roll back to another generation with --roll-back"
+        )
+    return parse_manifest(data, uri)
+
+
+def parse_manifest(data: bytes, uri: str) -> Manifest:
+    """Read a manifest's bytes.
+
+    Raises:
+        CorruptionError: They cannot be understood, or are of a newer format.
+    """
+    try:
+        found = json.loads(data).get("format")
+        if found != FORMAT_VERSION:
+            raise CorruptionError(
+                f"{uri} has format {found!r}; this program reads {FORMAT_VERSION}; upgrade it"
+            )
+        return Manifest.from_json(data)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptionError(f"{uri} is not a manifest: {error}") from error
+
+
+def read_current(index: str, storage: Storage) -> Manifest | None:
+    """Return the generation that serves, or None where nothing is published yet.
+
+    Raises:
+        CorruptionError: The pointer or the manifest is damaged.
+    """
+    found = read_pointer(index, storage)
+    return None if found is None else read_manifest(index, found[0], storage)

@@ -1,0 +1,431 @@
+"""Opened segments and generations: immutable, safe to search from many threads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.ipc
+import pyarrow.parquet as pq
+
+from pipeline.errors import CorruptionError, QueryError
+from pipeline.index import engine
+from pipeline.index.engine import Bits, Floats, Rows
+from pipeline.index.files import FileStore
+from pipeline.index.manifest import Manifest, SearchParams, SegmentInfo
+from pipeline.index.projection import read_map
+from pipeline.index.rows import open_vectors, read_bits
+from pipeline.index.segments import read_codec
+from pipeline.storage import join_uri
+
+EXACT_ROWS = 50_000
+"""Up to so many rows that a filter leaves, scanning them all beats any index."""
+EXACT_SHARE = 0.02
+"""Below this share of a segment, an index finds too few of the rows that a filter leaves."""
+MAX_EXACT_ROWS = 1_000_000
+SCAN_ROWS = 8192
+MAX_OVERFETCH = 16_384
+MAPPED_KEYS_ROWS = 200_000
+"""Longer key tables are mapped from the cache directory rather than held in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """The rows of a segment that may be found.
+
+    Attributes:
+        flags: One boolean a row.
+        bits: The same, packed, lowest first.
+        rows: How many may be found.
+        chosen: True if a filter chose them, False if only deletions did.
+    """
+
+    flags: npt.NDArray[np.bool_]
+    bits: Bits
+    rows: int
+    chosen: bool
+
+    @classmethod
+    def from_flags(cls, flags: npt.NDArray[np.bool_], *, chosen: bool) -> "Mask":
+        """Pack and count ``flags``."""
+        return cls(flags, np.packbits(flags, bitorder="little"), int(flags.sum()), chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Queries on their way through the segments.
+
+    Attributes:
+        vectors: Unit vectors, (n, dim).
+        rotated: The same as the codes see them.
+        k: Neighbours wanted.
+        params: How far to look.
+        lists: The nearest lists of each query, for kinds with lists.
+    """
+
+    vectors: Floats
+    rotated: Floats
+    k: int
+    params: SearchParams
+    lists: tuple[Floats, Rows] | None
+
+
+class Segment:
+    """One opened segment. Every file was verified before anything parsed it.
+
+    Attributes:
+        info: What the manifest says.
+        live: Which rows are not deleted; None if all are live.
+    """
+
+    def __init__(self, info: SegmentInfo, codec: engine.Codec, files: FileStore) -> None:
+        """Open the files of a segment.
+
+        Raises:
+            CorruptionError: One is missing, damaged, or does not fit the others.
+        """
+        self.info, self.codec = info, codec
+        shown_as = join_uri(files.index, info.files["index"].path)
+        index = engine.read_index(files.fetch(info.files["index"]), shown_as=shown_as)
+        if index.ntotal != info.rows:
+            raise CorruptionError(f"{shown_as} has {index.ntotal} rows, not {info.rows}")
+        codec.attach(index)
+        self._index = index
+        self._vectors = open_vectors(files.fetch(info.files["vectors"]), info, codec.dim)
+        self._keys = open_keys(info, files)
+        self._order = np.memmap(files.fetch(info.files["order"]), np.uint32, "r")
+        if not len(self._keys) == len(self._order) == info.rows:
+            raise CorruptionError(
+                f"segment {info.id} of {files.index} has {len(self._keys)} keys for "
+                f"{info.rows} rows"
+            )
+
+    @property
+    def columns(self) -> pa.Schema:
+        """Stored columns but the vector."""
+        return self._keys.schema
+
+    def search(self, request: Request, mask: Mask | None) -> tuple[Floats, Rows]:
+        """Return the cosines and rows of the nearest rows, best first.
+
+        Returns:
+            (n, at most k) each; where a query has fewer, the score is -inf.
+        """
+        rows = self.info.rows if mask is None else mask.rows
+        k = min(request.k, rows)
+        if k == 0:
+            return empty_result(len(request.vectors))
+        if mask is not None and self._should_scan(mask):
+            return self.scan(request.vectors, k, np.flatnonzero(mask.flags))
+        if mask is not None and not engine.can_select(self._index):
+            return self._search_around(request, k, mask)
+        wanted = min(max(k, request.params.candidates), rows)
+        found = engine.search_codes(
+            self._index,
+            request.rotated,
+            wanted,
+            lists=request.lists,
+            ef=request.params.ef,
+            allowed=None if mask is None else mask.bits,
+        )
+        return self._rank(request, k, *found)
+
+    def _should_scan(self, mask: Mask) -> bool:
+        if self.info.kind == "flat":
+            return False
+        few = mask.chosen and mask.rows <= EXACT_ROWS
+        rare = mask.rows < EXACT_SHARE * self.info.rows and mask.rows <= MAX_EXACT_ROWS
+        return few or rare
+
+    def _search_around(self, request: Request, k: int, mask: Mask) -> tuple[Floats, Rows]:
+        """Search more than is wanted and drop what the mask forbids; scan where too few stay."""
+        share = mask.rows / self.info.rows
+        wanted = max(k, request.params.candidates)
+        fetched = min(self.info.rows, int(1.3 * wanted / share) + 32, MAX_OVERFETCH)
+        scores, rows = engine.search_codes(self._index, request.rotated, fetched)
+        allowed = (rows >= 0) & mask.flags[rows]
+        rows = np.where(allowed, rows, -1)
+        scores, rows = self._rank(request, k, np.where(allowed, scores, -np.inf), rows)
+        short = ~np.isfinite(scores[:, -1])
+        if short.any():
+            chosen = np.flatnonzero(mask.flags)
+            scores[short], rows[short] = self.scan(request.vectors[short], k, chosen)
+        return scores, rows
+
+    def _rank(self, request: Request, k: int, scores: Floats, rows: Rows) -> tuple[Floats, Rows]:
+        """Order candidates by their stored vectors, where the codes are not exact."""
+        if request.params.candidates and self.info.kind != "flat":
+            scores = self.score(request.vectors, rows)
+        else:
+            scores = np.where(rows >= 0, scores, np.float32(-np.inf))
+        return keep_best(scores, rows, k)
+
+    def score(self, queries: Floats, rows: Rows) -> Floats:
+        """Return the cosine of each query to its rows, (n, m); -inf where the row is -1."""
+        scores = np.full(rows.shape, -np.inf, np.float32)
+        for query, wanted, out in zip(queries, rows, scores, strict=True):
+            valid = wanted >= 0
+            out[valid] = self._vectors[wanted[valid]].astype(np.float32) @ query
+        return scores
+
+    def scan(self, queries: Floats, k: int, chosen: Rows) -> tuple[Floats, Rows]:
+        """Return the exact best of ``chosen`` rows by looking at all of them, (n, <= k) each."""
+        scores, rows = empty_result(len(queries))
+        for first in range(0, len(chosen), SCAN_ROWS):
+            block = chosen[first : first + SCAN_ROWS]
+            found, where = engine.search_exact(queries, self.read_vectors(block), k)
+            scores = np.concatenate([scores, found], axis=1)
+            rows = np.concatenate([rows, block[where]], axis=1)
+            scores, rows = keep_best(scores, rows, k)
+        return scores, rows
+
+    def read_vectors(self, rows: Rows) -> Floats:
+        """Return stored unit vectors, float32 (n, dim)."""
+        return np.asarray(self._vectors[rows], np.float32)
+
+    def read_keys(self, rows: Rows) -> pa.Table:
+        """Return key, shard, position and carried columns of rows."""
+        return self._keys.take(pa.array(rows, pa.int64()))
+
+    def find_row(self, key: str) -> tuple[int | None, list[str]]:
+        """Return the row of ``key``, deleted or not, and the keys next to it in order."""
+        low, high = 0, self.info.rows
+        while low < high:
+            middle = (low + high) // 2
+            if self._read_key(middle) < key:
+                low = middle + 1
+            else:
+                high = middle
+        if low < self.info.rows and self._read_key(low) == key:
+            return int(self._order[low]), []
+        span = range(max(0, low - 3), min(self.info.rows, low + 3))
+        return None, [self._read_key(position) for position in span]
+
+    def _read_key(self, position: int) -> str:
+        return str(self._keys.column("key")[int(self._order[position])])
+
+    def filter_rows(self, where: ds.Expression) -> npt.NDArray[np.bool_]:
+        """Return which rows a filter over the key columns keeps.
+
+        Raises:
+            QueryError: It names a column that is not there, or compares what cannot be compared.
+        """
+        try:
+            scanner = ds.dataset(self._keys).scanner(columns={"kept": where})
+            kept = scanner.to_table().column("kept")
+        except (pa.ArrowException, KeyError) as error:
+            columns = ", ".join(self._keys.column_names)
+            raise QueryError(f"cannot filter by {where}: {error}; columns: {columns}") from error
+        if not pa.types.is_boolean(kept.type):
+            raise QueryError(f"the filter {where} is no condition; compare a column with a value")
+        return kept.fill_null(False).to_numpy().astype(bool)  # type: ignore[no-any-return]
+
+
+def empty_result(count: int) -> tuple[Floats, Rows]:
+    """Return scores and rows of nothing, (count, 0) each."""
+    return np.zeros((count, 0), np.float32), np.zeros((count, 0), np.int64)
+
+
+def keep_best(scores: Floats, rows: Rows, k: int) -> tuple[Floats, Rows]:
+    """Return the ``k`` best columns of each line, best first, ties in the order given."""
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+
+
+def open_keys(info: SegmentInfo, files: FileStore) -> pa.Table:
+    """Return a segment's keys in one chunk; mapped from the cache directory where long."""
+    source = files.fetch(info.files["keys"])
+    if info.rows < MAPPED_KEYS_ROWS:
+        return _read_keys(source)
+    path = files.cache_dir / "keys" / f"{info.files['keys'].sha256}.arrow"
+    if not path.exists():
+        _write_arrow(_read_keys(source), path)
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def _read_keys(path: Path) -> pa.Table:
+    table = pq.ParquetFile(path).read()
+    names = table.schema.get_field_index("key")
+    keys = table.column("key").cast(pa.large_string())  # one chunk may exceed 2 GiB
+    named = table.set_column(names, "key", keys).replace_schema_metadata(None)
+    return named.combine_chunks()
+
+
+def _write_arrow(table: pa.Table, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{np.random.default_rng().integers(1 << 62):x}.partial")
+    with pa.ipc.new_file(partial, table.schema) as writer:
+        writer.write_table(table)
+    partial.replace(path)
+
+
+class Generation:
+    """One opened generation.
+
+    Attributes:
+        manifest: What was published.
+        segments: Its segments, opened.
+        live: Rows that are not deleted, by segment; None where all are live.
+        map: A sample of the rows in two dimensions; None where there is none.
+    """
+
+    def __init__(self, manifest: Manifest, files: FileStore, *, known: Sequence[Segment] = ()):
+        """Open a generation; segments in ``known`` that it still has are taken over.
+
+        Raises:
+            CorruptionError: A file is missing or damaged.
+        """
+        self.manifest = manifest
+        self.codec, reusable = _pick_codec(manifest, files, known)
+        self.segments = [
+            reusable.get(info.id) or Segment(info, self.codec, files) for info in manifest.segments
+        ]
+        self.live = [self._read_live(segment, files) for segment in self.segments]
+        self.map = read_map(manifest.map, files)
+
+    def _read_live(self, segment: Segment, files: FileStore) -> Mask | None:
+        tombstones = self.manifest.tombstones.get(segment.info.id)
+        if tombstones is None:
+            return None
+        dead = read_bits(files, tombstones.file, segment.info.rows)
+        if int(dead.sum()) != tombstones.rows:
+            raise CorruptionError(f"{tombstones.file.path} does not hold {tombstones.rows} rows")
+        return Mask.from_flags(~dead, chosen=False)
+
+    @property
+    def columns(self) -> pa.Schema:
+        """Stored columns but the vector."""
+        return self.segments[0].columns
+
+    def search(
+        self,
+        vectors: Floats,
+        k: int,
+        *,
+        params: SearchParams | None = None,
+        masks: Sequence[Mask | None] | None = None,
+    ) -> tuple[Floats, Rows, Rows]:
+        """Return cosines, segment numbers and rows of the nearest rows, best first.
+
+        Args:
+            vectors: Unit vectors, float32 (n, dim).
+            k: Neighbours wanted, at least 1.
+            params: How far to look; as tuned where None.
+            masks: The rows that may be found, by segment; the live ones where None.
+
+        Returns:
+            (n, m) each with m at most ``k``; where a query has fewer, the score is -inf.
+        """
+        params = params or self.manifest.search
+        masks = self.live if masks is None else masks
+        rows = sum(
+            segment.info.rows if mask is None else mask.rows
+            for segment, mask in zip(self.segments, masks, strict=True)
+        )
+        found = self._search_once(vectors, min(k, rows), params, masks)
+        while self.codec.lists and params.nprobe < self.codec.lists:
+            short = np.flatnonzero(np.isneginf(found[0]).any(axis=1))
+            if not len(short):
+                break
+            params = SearchParams(2 * params.nprobe, params.candidates, params.ef)
+            again = self._search_once(vectors[short], min(k, rows), params, masks)
+            for old, new in zip(found, again, strict=True):
+                np.asarray(old)[short] = new
+        return found
+
+    def _search_once(
+        self, vectors: Floats, k: int, params: SearchParams, masks: Sequence[Mask | None]
+    ) -> tuple[Floats, Rows, Rows]:
+        rotated = self.codec.rotate(vectors)
+        lists = self.codec.find_lists(rotated, params.nprobe)
+        request = Request(vectors, rotated, k, params, lists)
+        found = [
+            segment.search(request, mask)
+            for segment, mask in zip(self.segments, masks, strict=True)
+        ]
+        return _merge(found, k)
+
+    def scan(
+        self, vectors: Floats, k: int, *, masks: Sequence[Mask | None] | None = None
+    ) -> tuple[Floats, Rows, Rows]:
+        """Return what ``search`` does, by comparing with every vector."""
+        found = []
+        for segment, mask in zip(self.segments, masks or self.live, strict=True):
+            chosen = np.arange(segment.info.rows) if mask is None else np.flatnonzero(mask.flags)
+            found.append(segment.scan(vectors, k, chosen))
+        return _merge(found, k)
+
+    def sample(self, number: int, random: np.random.Generator) -> tuple[Rows, Rows]:
+        """Return segment numbers and rows of up to ``number`` live rows, without repetition."""
+        sizes = [segment.info.rows for segment in self.segments]
+        offsets = np.cumsum([0, *sizes])
+        extra = sum(tombstones.rows for tombstones in self.manifest.tombstones.values())
+        drawn = random.choice(offsets[-1], min(offsets[-1], number + extra), replace=False)
+        numbers = np.searchsorted(offsets, drawn, side="right") - 1
+        rows = drawn - offsets[numbers]
+        pairs = zip(numbers, rows, strict=True)
+        live = [_is_live(self.live[n], r) for n, r in pairs]
+        return numbers[live][:number], rows[live][:number]
+
+    def make_masks(self, where: ds.Expression) -> list[Mask | None]:
+        """Return the live rows that a filter keeps, by segment.
+
+        Raises:
+            QueryError: The filter does not fit the columns.
+        """
+        masks: list[Mask | None] = []
+        for segment, live in zip(self.segments, self.live, strict=True):
+            kept = segment.filter_rows(where)
+            flags = kept if live is None else kept & live.flags
+            masks.append(Mask.from_flags(flags, chosen=True))
+        return masks
+
+    def find(self, key: str) -> tuple[int, int] | None:
+        """Return segment number and row of a live key, or None."""
+        for number, (segment, live) in enumerate(zip(self.segments, self.live, strict=True)):
+            row, _ = segment.find_row(key)
+            if row is not None and _is_live(live, row):
+                return number, row
+        return None
+
+    def suggest(self, key: str) -> list[str]:
+        """Return live keys that resemble an unknown one."""
+        near: list[str] = []
+        for segment, live in zip(self.segments, self.live, strict=True):
+            for candidate in segment.find_row(key)[1]:
+                row, _ = segment.find_row(candidate)
+                if row is not None and _is_live(live, row):
+                    near.append(candidate)
+        return near
+
+
+def _is_live(mask: Mask | None, row: int) -> bool:
+    return mask is None or bool(mask.flags[row])
+
+
+def _merge(found: Sequence[tuple[Floats, Rows]], k: int) -> tuple[Floats, Rows, Rows]:
+    """Return the best of what each segment found; -inf where there are fewer than ``k``."""
+    numbers = [np.full(rows.shape, number) for number, (_, rows) in enumerate(found)]
+    scores = np.concatenate([item[0] for item in found], axis=1)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    merged = (scores, np.concatenate(numbers, axis=1), np.concatenate([f[1] for f in found], 1))
+    scores, owners, rows = (np.take_along_axis(values, order, axis=1) for values in merged)
+    missing = ((0, 0), (0, k - scores.shape[1]))
+    return (
+        np.pad(scores, missing, constant_values=-np.inf),
+        np.pad(owners, missing),
+        np.pad(rows, missing, constant_values=-1),
+    )
+
+
+def _pick_codec(
+    manifest: Manifest, files: FileStore, known: Sequence[Segment]
+) -> tuple[engine.Codec, dict[str, Segment]]:
+    wanted = {info.id for info in manifest.segments}
+    reusable = {segment.info.id: segment for segment in known if segment.info.id in wanted}
+    for segment in reusable.values():  # a segment's id includes its codec's
+        return segment.codec, reusable
+    return read_codec(files, manifest.codec, manifest.dim), {}

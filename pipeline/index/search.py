@@ -1,0 +1,424 @@
+"""Nearest neighbours: open an index, search it from any number of threads, keep it fresh."""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import (
+    CorruptionError,
+    ObjectMissingError,
+    QueryError,
+    SpaceMismatchError,
+    UnknownKeyError,
+)
+from pipeline.index import engine
+from pipeline.index.files import FileStore, default_cache_dir
+from pipeline.index.manifest import (
+    Manifest,
+    Pointer,
+    SearchParams,
+    manifest_path,
+    parse_manifest,
+    read_manifest,
+    read_pointer,
+)
+from pipeline.index.opened import Generation, Mask
+from pipeline.index.rows import MIN_NORM
+from pipeline.records import Space
+from pipeline.storage import Storage, join_uri, normalise_uri
+
+MAX_K = 10_000
+KEPT_MASKS = 16
+SUGGESTIONS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A row of the index as a search found it.
+
+    Attributes:
+        key: Key of the image.
+        score: Cosine similarity to the query, at most 1.
+        shard: URI of the object that holds the image.
+        row: Position in its shard.
+        offset: Where the encoded image starts in ``shard``, bytes; None where no ranged read can
+            give it.
+        nbytes: Length of the encoded image.
+        columns: All stored columns of the row but the vector, the carried ones among them.
+    """
+
+    key: str
+    score: float
+    shard: str
+    row: int
+    offset: int | None
+    nbytes: int
+    columns: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class IndexInfo:
+    """What describes the generation that serves.
+
+    Attributes:
+        uri: URI of the index.
+        generation: Name of the generation.
+        rows: Live rows.
+        dim: Width of the vectors.
+        space: What decided the numbers of its vectors.
+        embeddings: URI of the embeddings it was built from.
+        weights: URI of the backbone's weights, to embed a query picture.
+        kind: Kind of index, e.g. ``"flat"``.
+        factory: FAISS factory string.
+        search: Tuned search parameters.
+        measured: Recall and latency on held-out queries.
+        created_s: When it was built, in seconds since 1970.
+        newest_image_s: Change time of its newest image, in seconds since 1970, if known.
+        segments: Number of segments.
+        deleted: Rows that are stored but deleted.
+        size_bytes: Size of all its files.
+        columns: Stored columns but the vector.
+    """
+
+    uri: str
+    generation: str
+    rows: int
+    dim: int
+    space: Space
+    embeddings: str
+    weights: str
+    kind: str
+    factory: str
+    search: SearchParams
+    measured: Mapping[str, Any]
+    created_s: float
+    newest_image_s: float | None
+    segments: int
+    deleted: int
+    size_bytes: int
+    columns: pa.Schema
+
+
+class Snapshot:
+    """One open generation; stays usable while somebody holds it, whatever is published."""
+
+    def __init__(self, uri: str, opened: Generation, *, threads: int) -> None:
+        self.info = _describe(uri, opened)
+        self.opened = opened
+        self._threads = threads
+        self._masks: dict[str, list[Mask | None]] = {}
+        self._lock = threading.Lock()
+
+    def search(
+        self,
+        vectors: npt.ArrayLike,
+        k: int = 10,
+        where: pc.Expression | None = None,
+        *,
+        exact: bool = False,
+        params: SearchParams | None = None,
+    ) -> list[list[Neighbour]]:
+        """Return the nearest rows of each vector, best first.
+
+        Args:
+            vectors: (n, dim) or one vector (dim,), of any positive length: cosine is what counts.
+            k: Neighbours per vector, 1 to 10,000; where there are fewer rows, fewer come back.
+            where: Only rows that fulfil it, e.g. ``pc.field("cls") == "dress"``.
+            exact: Compare with every vector instead of looking them up.
+            params: How far to look; as tuned where None.
+
+        Raises:
+            QueryError: The vectors have another width, or are not finite, or zero; ``k`` is out
+                of range; the filter does not fit the columns.
+        """
+        queries = check_vectors(vectors, self.info)
+        if not 1 <= k <= MAX_K:
+            raise QueryError(f"k is {k}; ask for 1 to {MAX_K} neighbours")
+        engine.set_threads(self._threads)
+        masks = None if where is None else self._find_masks(where)
+        if exact:
+            found = self.opened.scan(queries, k, masks=masks)
+        else:
+            found = self.opened.search(queries, k, params=params, masks=masks)
+        return self._describe_rows(*found)
+
+    def neighbours_of(
+        self, key: str, k: int = 10, where: pc.Expression | None = None
+    ) -> list[Neighbour]:
+        """Return the nearest rows of an image of the index, itself left out.
+
+        Raises:
+            UnknownKeyError: The index does not hold that key; the message names similar ones.
+        """
+        found = self.search(self.vector(key)[None], min(k + 1, MAX_K), where)[0]
+        return [neighbour for neighbour in found if neighbour.key != key][:k]
+
+    def vector(self, key: str) -> engine.Floats:
+        """Return the stored unit vector of an image, float32 (dim,).
+
+        Raises:
+            UnknownKeyError: The index does not hold that key; the message names similar ones.
+        """
+        number, row = self._locate(key)
+        vectors = self.opened.segments[number].read_vectors(np.array([row]))
+        return vectors.reshape(-1)
+
+    def find(self, key: str) -> Neighbour:
+        """Return the row of an image, with score 1.
+
+        Raises:
+            UnknownKeyError: The index does not hold that key; the message names similar ones.
+        """
+        number, row = self._locate(key)
+        place = np.array([[number]]), np.array([[row]])
+        return self._describe_rows(np.ones((1, 1), np.float32), *place)[0][0]
+
+    def sample(self, n: int, *, seed: int | None = None) -> list[Neighbour]:
+        """Return up to ``n`` rows drawn at random, without repetition, with score 1."""
+        numbers, rows = self.opened.sample(n, np.random.default_rng(seed))
+        scores = np.ones((1, len(rows)), np.float32)
+        return self._describe_rows(scores, numbers[None], rows[None])[0]
+
+    def _locate(self, key: str) -> tuple[int, int]:
+        found = self.opened.find(key)
+        if found is None:
+            near = self.opened.suggest(key)[:SUGGESTIONS]
+            hint = f"; the nearest are {', '.join(map(repr, near))}" if near else ""
+            raise UnknownKeyError(f"no image with the key {key!r} in {self.info.uri!r}{hint}")
+        return found
+
+    def _find_masks(self, where: pc.Expression) -> list[Mask | None]:
+        text = str(where)
+        with self._lock:
+            masks = self._masks.get(text)
+        if masks is None:
+            masks = self.opened.make_masks(where)
+            with self._lock:
+                while len(self._masks) >= KEPT_MASKS:
+                    del self._masks[next(iter(self._masks))]
+                self._masks[text] = masks
+        return masks
+
+    def _describe_rows(
+        self, scores: engine.Floats, numbers: engine.Rows, rows: engine.Rows
+    ) -> list[list[Neighbour]]:
+        found: dict[tuple[int, int], dict[str, Any]] = {}
+        usable = np.isfinite(scores)
+        for number, segment in enumerate(self.opened.segments):
+            wanted = np.unique(rows[usable & (numbers == number)])
+            records = segment.read_keys(wanted).to_pylist() if len(wanted) else []
+            found |= zip(((number, int(row)) for row in wanted), records, strict=True)
+        return [
+            [
+                _make_neighbour(float(score), found[int(number), int(row)])
+                for score, number, row in zip(*line, strict=True)
+                if np.isfinite(score)
+            ]
+            for line in zip(scores, numbers, rows, strict=True)
+        ]
+
+
+def _make_neighbour(score: float, columns: dict[str, Any]) -> Neighbour:
+    return Neighbour(
+        key=columns["key"],
+        score=min(1.0, score),
+        shard=columns["shard"],
+        row=columns["row"],
+        offset=columns["offset"],
+        nbytes=columns["nbytes"],
+        columns=columns,
+    )
+
+
+def _describe(uri: str, opened: Generation) -> IndexInfo:
+    manifest = opened.manifest
+    return IndexInfo(
+        uri=uri,
+        generation=manifest.generation,
+        rows=manifest.rows,
+        dim=manifest.dim,
+        space=manifest.embeddings.space,
+        embeddings=manifest.embeddings.uri,
+        weights=manifest.embeddings.weights,
+        kind=manifest.codec.kind,
+        factory=manifest.codec.factory,
+        search=manifest.search,
+        measured=manifest.measured,
+        created_s=manifest.created_s,
+        newest_image_s=manifest.embeddings.newest_image_s,
+        segments=len(manifest.segments),
+        deleted=sum(item.rows for item in manifest.tombstones.values()),
+        size_bytes=sum(file.size_bytes for file in manifest.list_files()),
+        columns=opened.columns,
+    )
+
+
+def check_vectors(vectors: npt.ArrayLike, info: IndexInfo) -> engine.Floats:
+    """Return query vectors as unit vectors, float32 (n, dim).
+
+    Raises:
+        QueryError: They have another width, or are not finite, or have no direction.
+    """
+    try:
+        queries = np.atleast_2d(np.asarray(vectors, np.float64))
+    except (TypeError, ValueError) as error:
+        raise QueryError(f"the query is not an array of numbers: {error}") from error
+    if queries.ndim != 2 or queries.shape[1] != info.dim:
+        raise QueryError(
+            f"the query has shape {np.shape(vectors)}; this index of {info.space.backbone} holds "
+            f"vectors of {info.dim}"
+        )
+    if not np.isfinite(queries).all():
+        raise QueryError("the query holds NaN or infinite values; embed the image again")
+    norms = np.linalg.norm(queries, axis=1, keepdims=True)
+    if (norms < MIN_NORM).any():
+        raise QueryError("the query is a zero vector; it has no nearest neighbours")
+    return np.asarray(queries / norms, np.float32)
+
+
+class SearchIndex:
+    """An index, its newest generation open.
+
+    Safe to search from many threads. ``refresh`` opens a newer generation beside the running
+    searches, which end on the one they began with.
+    """
+
+    def __init__(self, files: FileStore, *, threads: int, pinned: str | None) -> None:
+        """Use ``SearchIndex.open``."""
+        self.uri = files.index
+        self._files, self._threads, self._pinned = files, threads, pinned
+        self._refreshing = threading.Lock()
+        manifest = self._read_manifest()
+        opened = Generation(manifest, files)
+        self._snapshot = Snapshot(self.uri, opened, threads=threads)
+
+    @classmethod
+    def open(
+        cls,
+        uri: str,
+        storage: Storage | None = None,
+        *,
+        generation: str | None = None,
+        cache_dir: str | Path | None = None,
+        threads: int = 1,
+    ) -> "SearchIndex":
+        """Open an index; every file is verified before anything parses it.
+
+        Args:
+            uri: The index: a path, ``s3://…``, or any other URI that storage knows.
+            storage: How to reach it; credentials from the environment otherwise.
+            generation: A generation to stay with, instead of the newest.
+            cache_dir: Where files of a remote index are kept; the user's cache folder otherwise.
+            threads: Threads of one search. Many searches at once want 1.
+
+        Raises:
+            ObjectMissingError: There is no index at ``uri``, or no such generation.
+            CorruptionError: A file is damaged or missing.
+        """
+        cache = Path(cache_dir) if cache_dir else default_cache_dir()
+        files = FileStore(normalise_uri(uri), storage or Storage(), cache)
+        return cls(files, threads=threads, pinned=generation)
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The generation that is open now; hold it to ask it several things."""
+        return self._snapshot
+
+    @property
+    def info(self) -> IndexInfo:
+        """What describes the generation that is open now."""
+        return self._snapshot.info
+
+    def search(
+        self,
+        vectors: npt.ArrayLike,
+        k: int = 10,
+        where: pc.Expression | None = None,
+        *,
+        exact: bool = False,
+        params: SearchParams | None = None,
+    ) -> list[list[Neighbour]]:
+        """Return the nearest rows of each vector, best first; see ``Snapshot.search``."""
+        return self._snapshot.search(vectors, k, where, exact=exact, params=params)
+
+    def neighbours_of(
+        self, key: str, k: int = 10, where: pc.Expression | None = None
+    ) -> list[Neighbour]:
+        """Return the nearest rows of an image of the index, itself left out.
+
+        Raises:
+            UnknownKeyError: The index does not hold that key; the message names similar ones.
+        """
+        return self._snapshot.neighbours_of(key, k, where)
+
+    def vector(self, key: str) -> engine.Floats:
+        """Return the stored unit vector of an image, float32 (dim,).
+
+        Raises:
+            UnknownKeyError: The index does not hold that key; the message names similar ones.
+        """
+        return self._snapshot.vector(key)
+
+    def check_space(self, space: Space) -> None:
+        """Refuse vectors of another space.
+
+        Raises:
+            SpaceMismatchError: The spaces differ; names the fields.
+        """
+        mine, other = self.info.space.to_dict(), space.to_dict()
+        differing = [name for name in mine if mine[name] != other[name]]
+        if differing:
+            details = "; ".join(
+                f"{name} is {mine[name]!r} there and {other[name]!r} here" for name in differing
+            )
+            raise SpaceMismatchError(f"{self.uri!r} holds vectors of another space: {details}")
+
+    def refresh(self) -> bool:
+        """Open the newest generation if it is not open yet; tell whether there was one.
+
+        Searches go on meanwhile. If it fails, the old generation stays.
+
+        Raises:
+            CorruptionError: A file of the newer generation is damaged or missing.
+            StorageError: The index cannot be reached.
+        """
+        with self._refreshing:
+            manifest = self._read_manifest()
+            if manifest.generation == self.info.generation:
+                return False
+            opened = Generation(manifest, self._files, known=self._snapshot.opened.segments)
+            self._snapshot = Snapshot(self.uri, opened, threads=self._threads)
+            return True
+
+    def _read_manifest(self) -> Manifest:
+        storage = self._files.storage
+        if self._pinned is not None:
+            uri = join_uri(self.uri, manifest_path(self._pinned))
+            return parse_manifest(storage.read(uri), uri)
+        found = read_pointer(self.uri, storage)
+        if found is None:
+            raise ObjectMissingError(
+                f"no index at {self.uri!r}: CURRENT is missing; check the URI, or run index first"
+            )
+        return _read_stable(self.uri, found[0], storage)
+
+    def __len__(self) -> int:
+        return self.info.rows
+
+
+def _read_stable(uri: str, pointer: Pointer, storage: Storage) -> Manifest:
+    """Read the manifest, once more where a newer one was published and the old one collected."""
+    try:
+        return read_manifest(uri, pointer, storage)
+    except CorruptionError:
+        again = read_pointer(uri, storage)
+        if again is None or again[0] == pointer:
+            raise
+        return read_manifest(uri, again[0], storage)

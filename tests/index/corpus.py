@@ -1,0 +1,188 @@
+"""An embeddings output that can be added to, changed and taken from, as the embed job would."""
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.index.synthetic import generate_vectors
+from pipeline.parts import (
+    OutputInfo,
+    claim_output,
+    list_commits,
+    retire_commit,
+    write_commit,
+    write_part,
+)
+from pipeline.records import Commit, Layout, Space
+from pipeline.storage import Storage
+
+STORAGE = Storage()
+
+
+def make_space(dim: int, **changes: object) -> Space:
+    space = Space(
+        backbone="resnetv2_50.a1h_in1k",
+        weights_sha256="ab" * 32,
+        image_size=224,
+        crop_pct=0.95,
+        interpolation="bicubic",
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        exif="apply",
+        decode="exact",
+        precision="fp32",
+        dim=dim,
+    )
+    return replace(space, **changes)
+
+
+@dataclass
+class Corpus:
+    """Writes shards of vectors; ``vectors`` holds what should be searchable, by key."""
+
+    output: str
+    dim: int
+    carry: tuple[str, ...] = ("cls",)
+    storage: Storage = STORAGE
+    part_rows: int = 500
+    vectors: dict[str, np.ndarray] = field(default_factory=dict)
+    keys: dict[str, list[str]] = field(default_factory=dict)
+    _versions: int = 0
+
+    def __post_init__(self) -> None:
+        carried = pa.schema([pa.field(name, pa.string()) for name in self.carry])
+        layout = Layout(chunk_images=self.part_rows, chunk_bytes=1 << 26, carry=self.carry)
+        space = make_space(self.dim)
+        self.info = OutputInfo(space, layout, carried, "weights/ab.safetensors", "random:0 of it")
+        claim_output(self.output, self.info, self.storage)
+
+    def add_shard(
+        self,
+        name: str,
+        vectors: np.ndarray,
+        *,
+        names: list[str] | None = None,
+        statuses: dict[int, str] | None = None,
+        contents: list[str] | None = None,
+        classes: list[str] | None = None,
+    ) -> str:
+        """Commit a shard; an existing one of that name is superseded. Returns its id."""
+        self._versions += 1
+        shard_id = hashlib.sha256(f"{name} {self._versions}".encode()).hexdigest()[:16]
+        return self.commit_shard(
+            name,
+            shard_id,
+            vectors,
+            names=names,
+            statuses=statuses,
+            contents=contents,
+            classes=classes,
+        )
+
+    def commit_shard(
+        self,
+        name: str,
+        shard_id: str,
+        vectors: np.ndarray,
+        *,
+        names: list[str] | None = None,
+        statuses: dict[int, str] | None = None,
+        contents: list[str] | None = None,
+        classes: list[str] | None = None,
+    ) -> str:
+        names = names or [f"{row:06d}.jpg" for row in range(len(vectors))]
+        keys = [f"{name}/{item}" for item in names]
+        table = self._make_table(name, keys, vectors, statuses or {}, contents, classes)
+        parts = [
+            write_part(
+                self.output,
+                table.slice(first, self.part_rows),
+                folder=shard_id,
+                chunk=chunk,
+                space_id=self.info.space.id,
+                storage=self.storage,
+            )
+            for chunk, first in enumerate(range(0, max(1, len(keys)), self.part_rows))
+        ]
+        live = list_commits(self.output, self.storage).values()
+        old = [c.shard_id for c in live if c.name == name and c.shard_id != shard_id]
+        commit = Commit(
+            shard_id=shard_id,
+            kind="tar",
+            source=f"/pictures/{name}",
+            root="/pictures",
+            name=name,
+            version=str(self._versions),
+            size_bytes=1000,
+            space_id=self.info.space.id,
+            parts=tuple(parts),
+            supersedes=tuple(old),
+            sequence=self._versions,
+            modified_s=1e9 + self._versions,
+        )
+        write_commit(self.output, commit, self.storage)
+        for key in self.keys.pop(name, []):
+            self.vectors.pop(key, None)
+        usable = [row for row in range(len(keys)) if row not in (statuses or {})]
+        self.keys[name] = [keys[row] for row in usable]
+        self.vectors |= {keys[row]: vectors[row] for row in usable}
+        return shard_id
+
+    def remove_shard(self, name: str) -> None:
+        for commit in list_commits(self.output, self.storage).values():
+            if commit.name == name:
+                retire_commit(self.output, commit.shard_id, self.storage)
+        for key in self.keys.pop(name):
+            self.vectors.pop(key, None)
+
+    def _make_table(
+        self,
+        name: str,
+        keys: list[str],
+        vectors: np.ndarray,
+        statuses: dict[int, str],
+        contents: list[str] | None,
+        classes: list[str] | None,
+    ) -> pa.Table:
+        contents = contents or keys
+        rows = range(len(keys))
+        embeddings = [None if row in statuses else vectors[row].tolist() for row in rows]
+        columns = {
+            "key": keys,
+            "shard": [f"/pictures/{name}"] * len(keys),
+            "row": list(rows),
+            "status": [statuses.get(row, "ok") for row in rows],
+            "error": ["broken" if row in statuses else None for row in rows],
+            "width": [64] * len(keys),
+            "height": [48] * len(keys),
+            "offset": [512 * row for row in rows],
+            "nbytes": [100] * len(keys),
+            "sha256": [hashlib.sha256(item.encode()).digest()[:16] for item in contents],
+            "embedding": pa.array(embeddings, pa.list_(pa.float32(), self.dim)),
+        }
+        for column in self.carry:
+            columns[column] = classes or [f"class {row % 10}" for row in rows]
+        return pa.table(columns, schema=self.info.schema)
+
+
+def make_corpus(
+    folder: Path, *, rows: int = 2000, dim: int = 64, shards: int = 4, seed: int = 0
+) -> Corpus:
+    corpus = Corpus(str(folder), dim)
+    vectors = generate_vectors(rows, dim, seed=seed, clusters=max(10, rows // 50))
+    for number, block in enumerate(np.array_split(vectors, shards)):
+        corpus.add_shard(f"shard-{number:03d}.tar", block)
+    return corpus
+
+
+def rank_exactly(corpus: Corpus, query: np.ndarray, k: int) -> list[tuple[str, float]]:
+    """Return the true nearest keys and cosines."""
+    keys = list(corpus.vectors)
+    matrix = np.stack([corpus.vectors[key] for key in keys]).astype(np.float64)
+    matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
+    scores = matrix @ (query / np.linalg.norm(query))
+    order = np.argsort(-scores)[:k]
+    return [(keys[i], float(scores[i])) for i in order]
