@@ -28,10 +28,10 @@ class Report(Protocol):
 def run_job(
     prog: str,
     settings_class: type[Settings],
-    action: Callable[[Settings], Report],
+    action: Callable[[Settings], Report | None],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parse the settings, call ``action``, print its report as one JSON line.
+    """Parse the settings, call ``action``, print its report, if any, as one JSON line.
 
     Returns:
         The exit code: 0 done, 1 failed, 2 bad usage or settings, 3 stopped by ``--max-failures``,

@@ -361,3 +361,48 @@ class NightlyConfig:
     """Table [index]: the settings of jobs/index.py; embeddings is the embed job's output."""
     nightly: NightlyOptions
     """Table [nightly]."""
+
+
+Measure = Literal["forward", "host", "job", "dataloader", "ray-recipe"]
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkConfig:
+    """Measure ceilings, the real job and its alternatives side by side, and say what binds."""
+
+    model: tuple[str, ...] = ("fbnetv3_b.ra2_in1k",)
+    """Backbones to measure, or all."""
+    measure: tuple[Measure, ...] = ("forward", "host", "job", "dataloader", "ray-recipe")
+    """What to measure; the last two, and timm's forward pass, need timm."""
+    input: tuple[str, ...] = ()
+    """Prefixes, objects or folders to take images from; drawn photographs otherwise."""
+    images: int = 256
+    """Images of a long run; repeated when the inputs hold fewer."""
+    rounds: int = 3
+    """How often everything is measured, in turns; medians are reported."""
+    engine: tuple[Literal["torch", "torch-compile", "openvino"], ...] = ("torch",)
+    """Engines of the forward pass; the job runs with the first."""
+    weights: str = "random:0"
+    """pretrained, a path or URI of a checkpoint, or random:<seed>; no figure depends on it."""
+    image_size: str = "train"
+    """train, test, or a number of pixels."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward pass."""
+    decode: Literal["exact", "fast"] = "exact"
+    """How images are decoded."""
+    batch_size: int | None = None
+    """Images in one forward pass; chosen for the device otherwise."""
+    actors: int | None = None
+    """Embedder actors of the job; one per GPU, or one per CPU core, otherwise."""
+    output: str | None = None
+    """Also write the report to this file, as JSON."""
+    work_dir: str | None = None
+    """Folder for samples and outputs, removed afterwards; the system's temporary one otherwise."""
+
+    def __post_init__(self) -> None:
+        for name in ("images", "rounds", "batch_size", "actors"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingsError(f"{name} is {value}; it must be at least 1")
+        if self.images < 8:
+            raise SettingsError(f"images is {self.images}; a rate needs at least 8")
