@@ -138,7 +138,7 @@ def _number_records(
             row += 1
     except BrokenContainerError as error:
         carried = dict.fromkeys(options.carry)
-        reason = f"{error}; {row:,} rows come before"
+        reason = f"{error}; {row:,} rows come before it"
         yield Record(shard.name, row, shard.source, b"", None, carried, "bad_shard", reason)
 
 

@@ -450,15 +450,23 @@ def test_a_parquet_file_without_its_footer_is_one_bad_shard(tmp_path: Path, keep
 
 def test_a_damaged_page_keeps_the_rows_before_it(tmp_path: Path) -> None:
     plain = {"compression": "none", "write_statistics": False, "write_page_checksum": True}
-    path = write_parquet(tmp_path / "a.parquet", IMAGES, row_group_size=3, **plain)
+    path = write_parquet(
+        tmp_path / "a.parquet",
+        IMAGES,
+        row_group_size=6,
+        data_page_size=1,
+        **plain,
+        write_batch_size=1,
+        use_dictionary=False,
+    )
     content = bytearray(path.read_bytes())
     at = content.index(IMAGES[7]) + 99
     content[at] ^= 0xFF
     path.write_bytes(content)
     *records, last = read_all(make_shard(path))[0]
-    assert [record.data for record in records] == IMAGES[:6]
-    assert (last.key, last.row, last.status) == ("a.parquet", 6, "bad_shard")
-    assert "6 rows come before it" in (last.error or "")
+    assert [record.data for record in records] == IMAGES[:7]
+    assert (last.key, last.row, last.status) == ("a.parquet", 7, "bad_shard")
+    assert "7 rows come before it" in (last.error or "")
 
 
 def test_a_huge_row_group_is_read_a_few_rows_at_a_time(tmp_path: Path) -> None:

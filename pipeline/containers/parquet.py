@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -69,9 +70,10 @@ def read_parquet(
             notes["missing_columns"] += missing
         rows = min(_choose_batch_rows(source, columns), options.chunk_images)
         row = 0
-        for batch in source.iter_batches(rows, columns=columns.paths, use_threads=False):
-            yield from _read_batch(batch, columns, row, options)
-            row += len(batch)
+        for group in range(source.metadata.num_row_groups):
+            for batch in _read_row_group(source, group, columns, rows):
+                yield from _read_batch(batch, columns, row, options)
+                row += len(batch)
 
 
 def read_parquet_row(file: BinaryIO, row: int, *, uri: str, options: ReadOptions) -> bytes:
@@ -87,10 +89,7 @@ def read_parquet_row(file: BinaryIO, row: int, *, uri: str, options: ReadOptions
         columns = _choose_columns(source.schema_arrow, uri, options)
         group, start = _find_row_group(source.metadata, row, uri)
         rows = _choose_batch_rows(source, columns)
-        batches = source.iter_batches(
-            rows, row_groups=[group], columns=columns.paths, use_threads=False
-        )
-        for batch in batches:
+        for batch in _read_row_group(source, group, columns, rows):
             if row - start < len(batch):
                 found = next(_read_batch(batch.slice(row - start, 1), columns, row, options))
                 if found.status != "ok":
@@ -202,6 +201,28 @@ def _find_row_group(metadata: pq.FileMetaData, row: int, uri: str) -> tuple[int,
             return group, start
         start += metadata.row_group(group).num_rows
     raise RecordError("unreadable", f"{uri} has {start:,} rows; row {row:,} was asked for")
+
+
+def _read_row_group(
+    source: pq.ParquetFile, group: int, columns: _Columns, rows: int
+) -> Iterator[pa.RecordBatch]:
+    """Yield batches of a row group; on damage, row by row, all rows before it."""
+    done = 0
+    try:
+        for batch in _iterate_row_group(source, group, columns, rows):
+            yield batch
+            done += len(batch)
+    except (pa.ArrowException, OSError):
+        yield from islice(_iterate_row_group(source, group, columns, 1), done, None)
+
+
+def _iterate_row_group(
+    source: pq.ParquetFile, group: int, columns: _Columns, rows: int
+) -> Iterator[pa.RecordBatch]:
+    batches: Iterator[pa.RecordBatch] = source.iter_batches(
+        rows, row_groups=[group], columns=columns.paths, use_threads=False
+    )
+    return batches
 
 
 def _read_batch(
