@@ -32,7 +32,7 @@ prepare_venv() {
       "$python" -m venv "$VENV"
     fi
     say "installing the project with [$1] (PyTorch alone is some 5 GB the first time)"
-    "$VENV/bin/python" -m pip install --quiet --editable "$ROOT[$1]"
+    "$VENV/bin/python" -m pip install -qq --editable "$ROOT[$1]"
     printf '%s\n' "$wanted" >"$stamp"
   fi
   export PATH="$VENV/bin:$PATH"
