@@ -5,6 +5,7 @@ import secrets
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from s3.faulty_proxy import FaultyProxy
@@ -55,3 +56,31 @@ def faulty_s3(s3_server: S3Server) -> Iterator[FaultyProxy]:
     """A proxy in front of ``s3_server``; use its ``endpoint_url`` and ``inject`` faults."""
     with FaultyProxy(s3_server.endpoint_url) as proxy:
         yield proxy
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """Address of a Ray cluster with two cores; this process has joined it, others may."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            object_store_memory=256 * 2**20,
+        )
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of fbnetv3_b, the quickest backbone, with sane random weights."""
+    from pipeline.backbones import load_weights, save_weights
+
+    path = tmp_path_factory.mktemp("weights") / "fbnetv3_b.safetensors"
+    loaded = load_weights("fbnetv3_b.ra2_in1k", "random:0")
+    save_weights(loaded.state_dict, str(path))
+    return path
