@@ -10,6 +10,7 @@ import io
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ import fsspec
 import pyarrow.fs
 
 from pipeline.config import StorageOptions
-from pipeline.errors import ConflictError, ObjectMissingError, SettingsError, StorageError
+from pipeline.errors import ObjectMissingError, SettingsError, StorageError
 from pipeline.records import ObjectInfo
 from pipeline.stores import faults
 from pipeline.stores.arrow import ArrowHandler
@@ -43,7 +44,7 @@ class Store(Protocol):
     def stat(self, uri: str) -> ObjectInfo: ...  # noqa: D102
     def fetch(self, uri: str, start: int, stop: int | None, version: str | None) -> Span: ...  # noqa: D102
     def put(self, uri: str, data: bytes) -> None: ...  # noqa: D102
-    def put_if(self, uri: str, data: bytes, version: str | None) -> str: ...  # noqa: D102
+    def put_if(self, uri: str, data: bytes, version: str | None, write_id: str, /) -> str: ...  # noqa: D102
     def conditional_version(self, data: bytes, version: str, /) -> str: ...  # noqa: D102
     def delete(self, uris: Iterable[str]) -> None: ...  # noqa: D102
     def upload(self, local_path: Path, uri: str) -> None: ...  # noqa: D102
@@ -248,28 +249,8 @@ class Storage:
         return fetch
 
     def _put_conditionally(self, uri: str, data: bytes, version: str | None) -> str:
-        may_be_ours = False
-
-        def put(store: Store) -> str:
-            nonlocal may_be_ours
-            try:
-                return store.put_if(uri, data, version)
-            except Exception as error:
-                fault = faults.translate(error, action="write", uri=uri)
-                if isinstance(fault, ConflictError) and may_be_ours:
-                    return self._recognise(uri, data, fault)
-                # The answer was lost, perhaps after the write was done.
-                may_be_ours = may_be_ours or faults.is_passing(error)
-                raise
-
-        return self._try("write", uri, put)
-
-    def _recognise(self, uri: str, data: bytes, conflict: ConflictError) -> str:
-        """Return the version of our own write if that is what is there, or raise ``conflict``."""
-        found, version = self.read_versioned(uri)
-        if found != data:
-            raise conflict
-        return version
+        write_id = uuid.uuid4().hex  # the same for all tries, so that they know each other
+        return self._try("write", uri, lambda store: store.put_if(uri, data, version, write_id))
 
     def _try(self, action: str, uri: str, call: Callable[[Store], T]) -> T:
         attempts = self.options.storage_attempts

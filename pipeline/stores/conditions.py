@@ -1,36 +1,60 @@
 """Conditional writes on S3 stores, which differ in the conditions that they honour.
 
-``If-None-Match: *`` and ``If-Match`` are one request on AWS and most others. A store that refuses
-``If-Match`` (Swift does) gets a guard object instead, made with ``If-None-Match: *``: whoever
-holds it compares and writes. A store that accepts a condition and ignores it is found out by a
-second write that must fail, made once per bucket, condition and process.
+``If-None-Match: *`` and ``If-Match`` are one request each on AWS and most others. Two kinds of
+store differ, and are found out by one harmless request per bucket and process:
+
+- One that refuses ``If-Match`` (Swift; its ``If-None-Match`` also lets two simultaneous writers
+  both win). Writers there take turns: who makes a guard object, waits a moment and still finds
+  their own guard may compare and write.
+- One that accepts conditions and ignores them. Nothing is safe there, and it is an error.
+
+Each write carries an id in its metadata. When the answer to a write is lost, and whoever noticed
+sent it again (the HTTP library does so unasked), the second one meets the first: the id tells
+that conflict from a real one.
 """
 
 import contextlib
-import uuid
-from collections.abc import Callable, Iterable, Iterator
+import functools
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from pipeline.errors import ConflictError, RetryError, StorageError
-from pipeline.records import ObjectInfo
 from pipeline.stores import faults
 from pipeline.stores.names import name_lock
-from pipeline.stores.spans import Span
 
 GUARD_LIFE_S = 60.0
 """A guard this old is a dead writer's. A write under a guard ends well before that."""
 
+SETTLE_S = 0.5
+"""Longest time in which a writer that saw no guard may still make one."""
+
+_GONE_CODES = ("NoSuchKey", "404")
 _NO_SUCH_ETAG = "0" * 32
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a look-up tells a writer.
+
+    Attributes:
+        etag: The object's version.
+        write_id: Id of the write that made it; empty if it had none.
+        age_s: Seconds since then, by the store's clock.
+    """
+
+    etag: str
+    write_id: str
+    age_s: float
 
 
 class Writer(Protocol):
     """What is needed of ``S3Store``."""
 
-    def write(self, uri: str, data: bytes, condition: dict[str, str]) -> str: ...  # noqa: D102
-    def stat(self, uri: str) -> ObjectInfo: ...  # noqa: D102
-    def fetch(self, uri: str, start: int, stop: int | None, version: str | None) -> Span: ...  # noqa: D102
+    def write(self, uri: str, data: bytes, condition: dict[str, str], write_id: str) -> str: ...  # noqa: D102
+    def look_up(self, uri: str) -> Head | None: ...  # noqa: D102
     def delete(self, uris: Iterable[str]) -> None: ...  # noqa: D102
-    def find_age(self, uri: str) -> float: ...  # noqa: D102
 
 
 class ConditionalWrites:
@@ -39,82 +63,123 @@ class ConditionalWrites:
     def __init__(self, store: Writer, *, attempts: int) -> None:
         self._store = store
         self._attempts = attempts
-        self._honoured: set[tuple[str, str]] = set()
-        self._refusing: set[str] = set()
+        self._refuses_match: dict[str, bool] = {}
+        self._honours_create: set[str] = set()
 
-    def create(self, uri: str, data: bytes) -> str:
-        """Write an object that must not exist; return its etag."""
-        etag = self._store.write(uri, data, {"IfNoneMatch": "*"})
-        self._check_honoured(uri, data, {"IfNoneMatch": "*"})
-        return etag
+    def put_if(self, uri: str, data: bytes, version: str | None, write_id: str) -> str:
+        """Write if the etag is still ``version``, or nothing is there where None; return the etag.
 
-    def replace(self, uri: str, data: bytes, version: str) -> str:
-        """Write an object whose etag must be ``version``; return its new etag."""
-        if _bucket_of(uri) in self._refusing:
-            return self._replace_guarded(uri, data, version)
+        Args:
+            uri: The object.
+            data: Its new content.
+            version: Its present etag.
+            write_id: The same for every try of one write.
+
+        Raises:
+            ConflictError: Something else is there.
+            RetryError: Another writer holds the guard.
+        """
+        bucket = uri.removeprefix("s3://").partition("/")[0]
+        if bucket not in self._refuses_match:
+            self._refuses_match[bucket] = self._find_refusal(_guard_of(uri))
+        if self._refuses_match[bucket]:
+            return self._put_guarded(uri, data, version, write_id)
+        if version is None:
+            return self._create(uri, data, write_id)
+        return self._write_or_recognise(uri, data, {"IfMatch": f'"{version}"'}, write_id)
+
+    def _find_refusal(self, uri: str) -> bool:
+        """Tell whether the store refuses ``If-Match``, by a write that cannot happen."""
         try:
-            etag = self._store.write(uri, data, {"IfMatch": f'"{version}"'})
+            self._store.write(uri, b"", {"IfMatch": f'"{_NO_SUCH_ETAG}"'}, "")
         except Exception as error:
             if faults.status_of(error) == 501:
-                self._refusing.add(_bucket_of(uri))
-                return self._replace_guarded(uri, data, version)
-            if faults.code_of(error) in ("NoSuchKey", "404"):
-                raise ConflictError(f"cannot write {uri!r}: it is gone; read it again") from error
+                return True
+            if faults.status_of(error) == 412 or faults.code_of(error) in _GONE_CODES:
+                return False
             raise
-        self._check_honoured(uri, data, {"IfMatch": f'"{_NO_SUCH_ETAG}"'})
+        self._store.delete([uri])
+        raise _make_ignored_error(uri, "If-Match")
+
+    def _create(self, uri: str, data: bytes, write_id: str) -> str:
+        etag = self._write_or_recognise(uri, data, {"IfNoneMatch": "*"}, write_id)
+        bucket = uri.removeprefix("s3://").partition("/")[0]
+        if bucket not in self._honours_create:
+            self._check_create(uri, data)
+            self._honours_create.add(bucket)
         return etag
 
-    def _check_honoured(self, uri: str, data: bytes, condition: dict[str, str]) -> None:
-        """Repeat a write that has just been done, under a condition that cannot hold any more."""
-        name = next(iter(condition))
-        if (_bucket_of(uri), name) in self._honoured:
-            return
+    def _check_create(self, uri: str, data: bytes) -> None:
+        """Repeat the creation of what is there by now: it must fail."""
         try:
-            self._store.write(uri, data, condition)
+            self._store.write(uri, data, {"IfNoneMatch": "*"}, "")
         except Exception as error:
-            if faults.status_of(error) in (404, 409, 412):
-                self._honoured.add((_bucket_of(uri), name))
-            return  # after any other fault the next write checks again
-        raise StorageError(
-            f"cannot write {uri!r} conditionally: this store ignores {name}, so two writers could "
-            "both win; use a store that honours it"
+            if faults.status_of(error) not in (409, 412):
+                raise
+            return
+        raise _make_ignored_error(uri, "If-None-Match")
+
+    def _write_or_recognise(
+        self, uri: str, data: bytes, condition: dict[str, str], write_id: str
+    ) -> str:
+        try:
+            return self._store.write(uri, data, condition, write_id)
+        except Exception as error:
+            is_gone = "IfMatch" in condition and faults.code_of(error) in _GONE_CODES
+            if faults.status_of(error) != 412 and not is_gone:
+                raise
+        return self._recognise(uri, write_id, self._store.look_up(uri))
+
+    def _recognise(self, uri: str, write_id: str, head: Head | None) -> str:
+        """Return the etag if an earlier try of the same write did it; a conflict otherwise."""
+        if head is not None and head.write_id == write_id:
+            return head.etag
+        state = "is gone" if head is None else "exists or has changed"
+        raise ConflictError(
+            f"cannot write {uri!r}: it {state}; another writer was first: read it again"
         )
 
-    def _replace_guarded(self, uri: str, data: bytes, version: str) -> str:
-        with self._guard(uri):
-            found = self._store.stat(uri).version
-            if found != version:
-                raise ConflictError(
-                    f"cannot write {uri!r}: it has changed; another writer was first: read it again"
-                )
-            return self._store.write(uri, data, {})
+    def _put_guarded(self, uri: str, data: bytes, version: str | None, write_id: str) -> str:
+        head = self._store.look_up(uri)
+        if _etag_of(head) != version:  # lost already, no need to queue
+            return self._recognise(uri, write_id, head)
+        with self._guard(_guard_of(uri), write_id):
+            head = self._store.look_up(uri)
+            if _etag_of(head) != version:
+                return self._recognise(uri, write_id, head)
+            return self._store.write(uri, data, {}, write_id)
 
     @contextlib.contextmanager
-    def _guard(self, uri: str) -> Iterator[None]:
-        folder, _, name = uri.rpartition("/")
-        guard = f"{folder}/{name_lock(name)}"
-        token = uuid.uuid4().hex.encode()
-        self._insist(lambda: self._take(guard, token), action="take", uri=guard)
+    def _guard(self, guard: str, write_id: str) -> Iterator[None]:
+        try:
+            self._create(guard, b"", write_id)
+        except ConflictError as error:
+            head = self._store.look_up(guard)
+            if head is not None and head.age_s > GUARD_LIFE_S:
+                self._store.delete([guard])
+            raise RetryError(f"another writer holds {guard!r}") from error
+        time.sleep(SETTLE_S)
+        head = self._store.look_up(guard)
+        if head is None or head.write_id != write_id:
+            raise RetryError(f"another writer holds {guard!r}")
         try:
             yield
         finally:
-            self._insist(lambda: self._store.delete([guard]), action="delete", uri=guard)
-
-    def _take(self, guard: str, token: bytes) -> None:
-        try:
-            self.create(guard, token)
-        except Exception as error:
-            if faults.status_of(error) != 412:
-                raise
-            if self._store.fetch(guard, 0, None, None).data == token:
-                return  # made by an earlier try, whose answer was lost
-            if self._store.find_age(guard) > GUARD_LIFE_S:
-                self._store.delete([guard])
-            raise RetryError(f"another writer holds {guard!r}") from error
-
-    def _insist(self, call: Callable[[], None], *, action: str, uri: str) -> None:
-        faults.retry(call, action=action, uri=uri, attempts=self._attempts)
+            release = functools.partial(self._store.delete, [guard])
+            faults.retry(release, action="delete", uri=guard, attempts=self._attempts)
 
 
-def _bucket_of(uri: str) -> str:
-    return uri.removeprefix("s3://").partition("/")[0]
+def _guard_of(uri: str) -> str:
+    folder, _, name = uri.rpartition("/")
+    return f"{folder}/{name_lock(name)}"
+
+
+def _etag_of(head: Head | None) -> str | None:
+    return None if head is None else head.etag
+
+
+def _make_ignored_error(uri: str, header: str) -> StorageError:
+    return StorageError(
+        f"cannot write {uri!r} conditionally: this store ignores {header}, so two writers could "
+        "both win; use a store that honours it"
+    )

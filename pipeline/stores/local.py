@@ -59,7 +59,7 @@ class LocalStore:
         with write_atomically(Path(uri)) as file:
             file.write(data)
 
-    def put_if(self, uri: str, data: bytes, version: str | None) -> str:
+    def put_if(self, uri: str, data: bytes, version: str | None, _write_id: str) -> str:
         """Write if the content still has ``version``, or is absent where None."""
         with _lock(Path(uri)):
             found = self._find_content_version(uri)

@@ -60,7 +60,7 @@ class OtherStore:
         """Write an object, as atomically as the protocol does it."""
         self._filesystem.pipe_file(uri, data)
 
-    def put_if(self, uri: str, data: bytes, version: str | None) -> str:
+    def put_if(self, uri: str, data: bytes, version: str | None, _write_id: str) -> str:
         """Write if the content still has ``version``, or is absent where None."""
         if self._protocol != "memory":
             raise StorageError(

@@ -1,7 +1,10 @@
 """S3: every request made once, with its etag and its length checked."""
 
 import asyncio
+import contextlib
+import functools
 import math
+import uuid
 from collections.abc import Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
@@ -11,7 +14,7 @@ from typing import Any, TypeVar
 from pipeline.errors import ObjectChangedError, ObjectMissingError, RetryError, StorageError
 from pipeline.records import ObjectInfo
 from pipeline.stores import faults
-from pipeline.stores.conditions import ConditionalWrites
+from pipeline.stores.conditions import ConditionalWrites, Head
 from pipeline.stores.names import is_listed
 from pipeline.stores.spans import Span
 
@@ -23,6 +26,7 @@ _LIST_PAGE = 1000
 _UPLOAD_THREADS = 4
 _DELETES_AT_ONCE = 32
 _BODY_PIECE_BYTES = 1 << 20
+_WRITE_ID = "write-id"
 
 
 class S3Store:
@@ -45,15 +49,13 @@ class S3Store:
 
     def stat(self, uri: str) -> ObjectInfo:
         """Describe one object."""
-        bucket, key = _split_object(uri)
-        head = self._call("head_object", Bucket=bucket, Key=key)
+        head = self._call("head_object", **_name(uri))
         modified_s = head["LastModified"].timestamp()
         return ObjectInfo(uri, head["ContentLength"], _strip(head["ETag"]), modified_s)
 
     def fetch(self, uri: str, start: int, stop: int | None, version: str | None) -> Span:
         """Return bytes [start, stop) of one version; what had come before a reset, if any."""
-        bucket, key = _split_object(uri)
-        request = {"Bucket": bucket, "Key": key}
+        request = _name(uri)
         if version is not None:
             request["IfMatch"] = f'"{version}"'
         if start > 0 or stop is not None:
@@ -77,26 +79,28 @@ class S3Store:
 
     def put(self, uri: str, data: bytes) -> None:
         """Write an object."""
-        self.write(uri, data, {})
+        self.write(uri, data, {}, "")
 
-    def put_if(self, uri: str, data: bytes, version: str | None) -> str:
+    def put_if(self, uri: str, data: bytes, version: str | None, write_id: str) -> str:
         """Write if the etag is still ``version``, or nothing is there where None."""
-        if version is None:
-            return self._conditional.create(uri, data)
-        return self._conditional.replace(uri, data, version)
+        return self._conditional.put_if(uri, data, version, write_id)
 
-    def write(self, uri: str, data: bytes, condition: dict[str, str]) -> str:
+    def write(self, uri: str, data: bytes, condition: dict[str, str], write_id: str) -> str:
         """Write an object under the condition of its headers; return its etag."""
-        bucket, key = _split_object(uri)
-        answer = self._call("put_object", Bucket=bucket, Key=key, Body=data, **condition)
-        return _strip(answer["ETag"])
+        request: dict[str, Any] = {**_name(uri), **condition, "Body": data}
+        if write_id:
+            request["Metadata"] = {_WRITE_ID: write_id}
+        return _strip(self._call("put_object", **request)["ETag"])
 
-    def find_age(self, uri: str) -> float:
-        """Return the seconds since an object was written, both times by the store's clock."""
-        bucket, key = _split_object(uri)
-        head = self._call("head_object", Bucket=bucket, Key=key)
+    def look_up(self, uri: str) -> Head | None:
+        """Return what a writer wants to know of an object, or None if it is not there."""
+        try:
+            head = self._call("head_object", **_name(uri))
+        except FileNotFoundError:
+            return None
         now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
-        return float((now - head["LastModified"]).total_seconds())
+        age_s = (now - head["LastModified"]).total_seconds()
+        return Head(_strip(head["ETag"]), head["Metadata"].get(_WRITE_ID, ""), age_s)
 
     def conditional_version(self, _data: bytes, version: str) -> str:
         """Return the version that ``put_if`` compares: the etag."""
@@ -104,25 +108,35 @@ class S3Store:
 
     def delete(self, uris: Iterable[str]) -> None:
         """Delete objects; missing ones are fine."""
-        self._run(self._delete([_split_object(uri) for uri in uris]))
+        self._run(self._delete([_name(uri) for uri in uris]))
 
     def upload(self, local_path: Path, uri: str) -> None:
         """Copy a file; large ones in parts, which show only once all of them are there."""
-        size_bytes = local_path.stat().st_size
-        if size_bytes <= _PART_BYTES:
+        if local_path.stat().st_size <= _PART_BYTES:
             self.put(uri, local_path.read_bytes())
             return
-        bucket, key = _split_object(uri)
-        target = {"Bucket": bucket, "Key": key}
-        target["UploadId"] = self._call("create_multipart_upload", **target)["UploadId"]
+        target = _name(uri)
+        write_id = uuid.uuid4().hex
+        started = self._call("create_multipart_upload", **target, Metadata={_WRITE_ID: write_id})
+        target["UploadId"] = started["UploadId"]
         try:
             parts = self._upload_parts(local_path, target, uri)
-            self._call("complete_multipart_upload", **target, MultipartUpload={"Parts": parts})
-        except BaseException as error:
-            self._call("abort_multipart_upload", **target)
-            if faults.status_of(error) == 404:
-                raise RetryError(f"the upload of {uri!r} is gone") from error
+            complete = functools.partial(self._complete, uri, target, parts, write_id)
+            faults.retry(complete, action="write", uri=uri, attempts=self._attempts)
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error is the one that tells
+                self._call("abort_multipart_upload", **target)
             raise
+
+    def _complete(
+        self, uri: str, target: dict[str, str], parts: list[dict[str, Any]], write_id: str
+    ) -> None:
+        try:
+            self._call("complete_multipart_upload", **target, MultipartUpload={"Parts": parts})
+        except FileNotFoundError:
+            head = self.look_up(uri)
+            if head is None or head.write_id != write_id:  # else done, and its answer was lost
+                raise
 
     def _upload_parts(
         self, local_path: Path, target: dict[str, str], uri: str
@@ -172,11 +186,11 @@ class S3Store:
         data = await _read_body(answer["Body"], answer["ContentLength"])
         return Span(data[start - data_start : end - data_start], size_bytes, _strip(answer["ETag"]))
 
-    async def _delete(self, objects: list[tuple[str, str]]) -> None:
+    async def _delete(self, objects: list[dict[str, str]]) -> None:
         for first in range(0, len(objects), _DELETES_AT_ONCE):
             batch = objects[first : first + _DELETES_AT_ONCE]
             call = self._filesystem._call_s3
-            requests = [call("delete_object", Bucket=bucket, Key=key) for bucket, key in batch]
+            requests = [call("delete_object", **name) for name in batch]
             for error in await asyncio.gather(*requests, return_exceptions=True):
                 if isinstance(error, BaseException) and faults.status_of(error) != 404:
                     raise error
@@ -229,11 +243,12 @@ def split_uri(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
-def _split_object(uri: str) -> tuple[str, str]:
+def _name(uri: str) -> dict[str, str]:
+    """Return the bucket and the key as S3 requests name them."""
     bucket, key = split_uri(uri)
     if not key:
         raise ObjectMissingError(f"{uri!r} is a bucket, not an object; add a key")
-    return bucket, key
+    return {"Bucket": bucket, "Key": key}
 
 
 def _describe(bucket: str, listed: dict[str, Any]) -> ObjectInfo:
