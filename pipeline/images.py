@@ -381,6 +381,7 @@ class DecodePool:
         self.abandoned = 0
         self._threads = threads
         self._timeout_s = timeout_s
+        self._closed = False
         self._queue: SimpleQueue[_Task | None] = SimpleQueue()
         self._changed = threading.Condition()
         self._running: set[_Task] = set()
@@ -395,6 +396,7 @@ class DecodePool:
 
     def close(self) -> None:
         """Let the threads end once the queue is empty; does not wait for them."""
+        self._closed = True
         for _ in range(self._threads):
             self._queue.put(None)
 
@@ -406,7 +408,12 @@ class DecodePool:
         ``items`` is read ahead by twice the number of threads, no further. A ``RecordError`` that
         ``decode`` raises is yielded in the item's place, and so is one for an image that takes
         too long; any other exception is raised here.
+
+        Raises:
+            RuntimeError: The pool is closed.
         """
+        if self._closed:
+            raise RuntimeError("the decode pool is closed; make another one")
         pending: deque[_Task] = deque()
         try:
             for item in items:

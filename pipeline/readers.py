@@ -1,8 +1,8 @@
 """One shard to chunks: tar archives, Parquet files, bundles of loose images.
 
-Everything streams: at most one chunk and one image are in memory, whatever the shard's size. What
-is wrong with one image becomes its record's status; a container that cannot be read further keeps
-what was read before and closes with one record of status ``bad_shard``.
+Everything streams: one chunk, one image and the shard's names are in memory, whatever its size.
+What is wrong with one image becomes its record's status; a container that cannot be read further
+keeps what was read before and closes with one record of status ``bad_shard``.
 """
 
 from collections import Counter, deque

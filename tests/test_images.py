@@ -434,6 +434,13 @@ def test_what_was_read_ahead_is_not_decoded_once_nobody_wants_it(release: thread
     assert set(decoded) <= {0, 1, 100}
 
 
+def test_a_closed_pool_says_so_instead_of_waiting_for_ever() -> None:
+    pool = DecodePool(1)
+    pool.close()
+    with pytest.raises(RuntimeError, match="the decode pool is closed"):
+        next(pool.map_images([1], lambda item: item))
+
+
 def test_two_callers_share_a_pool_even_while_an_image_of_one_hangs(
     release: threading.Event,
 ) -> None:

@@ -122,7 +122,7 @@ def find_carried_fields(file: BinaryIO, carry: Sequence[str]) -> list[pa.Field]:
 def _explaining_damage() -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, LookupError, ArithmeticError) as error:
         if not is_fault_of_data(error):
             raise
         raise BrokenContainerError(f"not readable as Parquet: {error}") from error
