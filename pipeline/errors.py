@@ -90,6 +90,10 @@ class ConflictError(StorageError):
     """A conditional write lost: somebody else wrote the object first."""
 
 
+class ServiceError(AbortError):
+    """The lookup service cannot be reached, has failed, or stayed overloaded."""
+
+
 class RetryError(PipelineError):
     """A passing fault (throttling, reset, time-out, short read); trying again may help."""
 

@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from pipeline.errors import QueryError, UnknownKeyError
 from pipeline.service.guard import Asgi, Guard, GuardLimits
 from pipeline.service.keys import ApiKeys
 from pipeline.service.lookups import Lookups
@@ -26,14 +27,15 @@ log = logging.getLogger(__name__)
 
 DESCRIPTION = """Nearest neighbours of images.
 
-Vectors are embeddings of one *space* (backbone, weights, preprocessing); scores are cosine
-similarities. Errors are `application/problem+json`. An answer names the *generation* it comes
+Vectors are embeddings of one space (backbone, weights, preprocessing); scores are cosine
+similarities. Errors are `application/problem+json`. An answer names the generation it comes
 from; newer generations are picked up while the service runs."""
 
 ASSETS = {
     "/": ("page.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/map.js": ("map.js", "text/javascript; charset=utf-8"),
     "/docs": ("docs.html", "text/html; charset=utf-8"),
     "/docs.js": ("docs.js", "text/javascript; charset=utf-8"),
     "/favicon.ico": ("icon.svg", "image/svg+xml"),
@@ -74,9 +76,7 @@ def create_app(lookups: Lookups, metrics: Metrics, access: Access) -> Asgi:
     _add_operations(app, metrics)
     _add_assets(app)
     _add_error_handlers(app)
-    document = describe_app(
-        app, dim=lookups.collection.current().info.space.dim, has_keys=bool(access.keys.digests)
-    )
+    document = describe_app(app, dim=lookups.index.info.dim, has_keys=bool(access.keys.digests))
     app.get("/openapi.json", include_in_schema=False)(lambda: document)
     guarded: Any = Guard(app, access.keys, access.limits, open_paths=OPEN_PATHS)
     if access.cors_origins:
@@ -136,6 +136,15 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Problem)
     async def answer_problem(_: Request, error: Problem) -> Response:
         return error.to_response()
+
+    @app.exception_handler(UnknownKeyError)
+    async def answer_unknown_key(_: Request, __: UnknownKeyError) -> Response:
+        detail = "no image of this key is indexed"
+        return Problem(404, "unknown_key", detail=detail).to_response()
+
+    @app.exception_handler(QueryError)
+    async def answer_query(_: Request, error: QueryError) -> Response:
+        return Problem(422, "invalid_query", detail=str(error)).to_response()
 
     @app.exception_handler(RequestValidationError)
     async def answer_validation(_: Request, error: RequestValidationError) -> Response:

@@ -11,7 +11,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 
 from pipeline.service.keys import ApiKeys
-from pipeline.service.problems import Problem
+from pipeline.service.problems import Problem, overloaded
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -40,6 +40,7 @@ class GuardLimits:
 
     Attributes:
         max_body_bytes: Longest request body.
+        max_concurrent: Requests that may be under way at the same time.
         timeout_s: Longest time from the first byte read to the last byte sent.
         requests_per_s: Sustained rate of one client; twice as many may come in a burst. 0 is
             no limit.
@@ -48,6 +49,7 @@ class GuardLimits:
     """
 
     max_body_bytes: int
+    max_concurrent: int
     timeout_s: float
     requests_per_s: float = 0.0
     hosts: frozenset[str] | None = None
@@ -94,6 +96,7 @@ class Guard:
         self._keys = keys
         self._limits = limits
         self._limiter = RateLimiter(limits.requests_per_s)
+        self._under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or pass the server's lifespan on."""
@@ -103,14 +106,23 @@ class Guard:
         reply = _Reply(send)
         try:
             self._check(scope)
-            bounded = _BoundedBody(receive, self._limits.max_body_bytes)
-            async with asyncio.timeout(self._limits.timeout_s):
-                await self._app(scope, bounded.receive, reply.send)
+            await self._pass_on(scope, receive, reply)
         except (Problem, TimeoutError) as error:
             if reply.started:
                 raise
             problem = error if isinstance(error, Problem) else self._explain_timeout()
             await problem.to_response()(scope, receive, reply.send)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, reply: "_Reply") -> None:
+        bounded = _BoundedBody(receive, self._limits.max_body_bytes)
+        if self._under_way >= self._limits.max_concurrent and scope["path"] not in self._open_paths:
+            raise overloaded("requests")
+        self._under_way += 1
+        try:
+            async with asyncio.timeout(self._limits.timeout_s):
+                await self._app(scope, bounded.receive, reply.send)
+        finally:
+            self._under_way -= 1
 
     def _explain_timeout(self) -> Problem:
         limit_s = self._limits.timeout_s

@@ -3,20 +3,21 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.errors import AbortError, ObjectMissingError, PipelineError, RecordError
+from pipeline.errors import AbortError, ObjectMissingError, PipelineError, QueryError, RecordError
 from pipeline.images import ImageLimits, image_digest
+from pipeline.index.search import IndexInfo, Neighbour, SearchIndex, Snapshot
+from pipeline.index.where import compile_where
 from pipeline.records import Classes, Embedding, Space
 from pipeline.service.batching import MicroBatcher
-from pipeline.service.collection import Collection, Hit, Snapshot
-from pipeline.service.filters import compile_filter
 from pipeline.service.metrics import Metrics
 from pipeline.service.models import (
     ClassScore,
@@ -38,8 +39,11 @@ if TYPE_CHECKING:  # torch comes with it, and a service without image queries ne
 
 log = logging.getLogger(__name__)
 
-ReadImage = Callable[[Mapping[str, Any]], bytes]
-"""Returns the encoded image of an index row; the row says where it lies."""
+ReadImage = Callable[[Neighbour], bytes]
+"""Returns the encoded image of a row; the row says where it lies."""
+
+HIDDEN_COLUMNS = frozenset({"shard", "row", "offset", "nbytes", "sha256", "norm"})
+"""Columns that answers leave out: where the data lies is nobody's business outside."""
 
 
 class ImageEmbedder(Protocol):
@@ -116,23 +120,23 @@ class Lookups:
 
     def __init__(
         self,
-        collection: Collection,
+        index: SearchIndex,
         *,
         embedder: ImageEmbedder | None,
         read_image: ReadImage | None,
         limits: LookupLimits,
         metrics: Metrics,
     ) -> None:
-        """Answer from ``collection``.
+        """Answer from ``index``.
 
         Args:
-            collection: The index.
+            index: The index, open.
             embedder: Makes vectors of query images; None turns image queries off.
             read_image: Fetches indexed images; None shows none.
             limits: How much work is taken on.
             metrics: Where times and sizes are counted.
         """
-        self.collection = collection
+        self.index = index
         self.embedder = embedder
         self.limits = limits
         self.metrics = metrics
@@ -166,12 +170,12 @@ class Lookups:
         self._watch()
 
     def _watch(self) -> None:
-        watch, current = self.metrics.watch, self.collection.current
-        watch("pipeline_index_rows", "Live rows.", lambda: current().info.rows)
+        watch = self.metrics.watch
+        watch("pipeline_index_rows", "Live rows.", lambda: self.index.info.rows)
         watch(
             "pipeline_generation_created_seconds",
             "When the served generation was built, seconds since 1970.",
-            lambda: current().info.created_s,
+            lambda: self.index.info.created_s,
         )
         watch("pipeline_image_cache_bytes", "Cached pictures.", lambda: self._cache.size_bytes)
         for batcher in (self._searches, self._scans, self._embeds, self._pictures):
@@ -184,7 +188,7 @@ class Lookups:
             self._refresher = asyncio.create_task(self._keep_fresh())
 
     async def close(self) -> None:
-        """Finish what waits, then let the index go."""
+        """Finish what waits, and take nothing new."""
         self.is_open = False
         if self._refresher is not None:
             self._refresher.cancel()
@@ -192,7 +196,6 @@ class Lookups:
             await batcher.close()
         if self.embedder is not None:
             self.embedder.close()
-        self.collection.close()
 
     async def _keep_fresh(self) -> None:
         while True:
@@ -202,14 +205,14 @@ class Lookups:
     async def refresh(self) -> bool:
         """Open a newer generation if there is one; a failure keeps the old one in service."""
         try:
-            changed = await asyncio.to_thread(self.collection.refresh)
+            changed = await asyncio.to_thread(self.index.refresh)
         except PipelineError as error:
             log.warning("kept the open generation: %s", error)
             self.metrics.refreshes.labels("failed").inc()
             return False
         self.metrics.refreshes.labels("changed" if changed else "unchanged").inc()
         if changed:
-            log.info("opened generation %s", self.collection.current().info.generation)
+            log.info("opened generation %s", self.index.info.generation)
         return changed
 
     async def search(self, request: SearchRequest, snapshot: Snapshot) -> SearchResponse:
@@ -219,8 +222,9 @@ class Lookups:
             Problem: The request does not fit this index, or too much is waiting.
         """
         started_s = time.perf_counter()
+        where = _check_options(request, snapshot)
         target = await self._resolve(request.query, snapshot)
-        return await self.search_target(target, request, snapshot, started_s=started_s)
+        return await self.search_target(target, request, snapshot, where=where, started_s=started_s)
 
     async def search_image(
         self, image: bytes, options: SearchOptions, snapshot: Snapshot
@@ -231,8 +235,9 @@ class Lookups:
             Problem: The image cannot be embedded, or as for ``search``.
         """
         started_s = time.perf_counter()
+        where = _check_options(options, snapshot)
         target = await self._embed_query(image, snapshot, where="image")
-        return await self.search_target(target, options, snapshot, started_s=started_s)
+        return await self.search_target(target, options, snapshot, where=where, started_s=started_s)
 
     async def search_target(
         self,
@@ -240,6 +245,7 @@ class Lookups:
         options: SearchOptions,
         snapshot: Snapshot,
         *,
+        where: pc.Expression | None = None,
         started_s: float | None = None,
     ) -> SearchResponse:
         """Return the neighbours of a vector.
@@ -248,15 +254,13 @@ class Lookups:
             target: The vector.
             options: How to search and what to return.
             snapshot: Where to search.
+            where: The filter of ``options``, compiled.
             started_s: When work on the request began, ``time.perf_counter()``.
 
         Raises:
             Problem: As for ``search``.
         """
         embedded_s = time.perf_counter()
-        _check_space(options.space, snapshot)
-        schema = snapshot.info.public_schema
-        where = None if options.filter is None else compile_filter(options.filter, schema)
         wanted = options.offset + options.k
         k = wanted + (target.own_key is not None)
         batcher = self._scans if options.exact else self._searches
@@ -294,7 +298,7 @@ class Lookups:
             raise Problem(422, "invalid_image", detail=detail, where=where)
         return embedding
 
-    async def picture(self, hit: Hit, size: int | None) -> Picture:
+    async def picture(self, hit: Neighbour, size: int | None) -> Picture:
         """Return an indexed image, or its thumbnail with a longest side of ``size`` pixels.
 
         Raises:
@@ -307,8 +311,6 @@ class Lookups:
     async def _resolve(self, query: Query, snapshot: Snapshot) -> Target:
         if query.key:
             vector = await asyncio.to_thread(snapshot.vector, query.key)
-            if vector is None:
-                raise unknown_key()
             return Target(vector, own_key=query.key)
         if query.image_base64:
             where = "query.image_base64"
@@ -319,20 +321,23 @@ class Lookups:
         else:
             where = "query.vector_base64"
             vector = decode_vector(query.vector_base64, where=where)
-        check_vector(vector, snapshot.info.space.dim, where=where)
+        check_vector(vector, snapshot.info.dim, where=where)
         return Target(vector)
 
     async def _embed_query(self, image: bytes, snapshot: Snapshot, *, where: str) -> Target:
         embedding = await self.embed(image, where=where)
         vector = cast(np.ndarray, embedding.vector)
-        check_vector(vector, snapshot.info.space.dim, where=where)
+        if self.embedder is None or self.embedder.space.id != snapshot.info.space.id:
+            detail = "the index has moved to another space; the service has to be restarted"
+            raise Problem(503, "backbone_outdated", detail=detail)
+        check_vector(vector, snapshot.info.dim, where=where)
         return Target(vector, classes=embedding.classes)
 
-    def _run_searches(self, searches: list[_Search]) -> list[list[Hit] | Exception]:
+    def _run_searches(self, searches: list[_Search]) -> list[list[Neighbour] | Exception]:
         groups: dict[tuple[object, ...], list[int]] = {}
         for position, search in enumerate(searches):
             groups.setdefault(search.group, []).append(position)
-        answers: list[list[Hit] | Exception] = [[] for _ in searches]
+        answers: list[list[Neighbour] | Exception] = [[] for _ in searches]
         self.metrics.batch_size.labels("search").observe(len(searches))
         for positions in groups.values():
             with self.metrics.stage_s.labels("search").time():
@@ -348,11 +353,13 @@ class Lookups:
         with self.metrics.stage_s.labels("embed").time():
             return self.embedder.embed_images(images)
 
-    def _run_pictures(self, wanted: list[tuple[Hit, int | None]]) -> list[Picture | Exception]:
-        return [self._load_picture(hit.row, size) for hit, size in wanted]
+    def _run_pictures(
+        self, wanted: list[tuple[Neighbour, int | None]]
+    ) -> list[Picture | Exception]:
+        return [self._load_picture(hit, size) for hit, size in wanted]
 
-    def _load_picture(self, row: Mapping[str, Any], size: int | None) -> Picture | Exception:
-        digest = bytes(row["sha256"])
+    def _load_picture(self, hit: Neighbour, size: int | None) -> Picture | Exception:
+        digest = bytes(hit.columns["sha256"])
         etag = digest.hex() if size is None else f"{digest.hex()}-{size}"
         cached = self._cache.get(f'"{etag}"')
         self.metrics.image_cache.labels("hit" if cached else "miss").inc()
@@ -360,27 +367,27 @@ class Lookups:
             return cached
         try:
             with self.metrics.stage_s.labels("image").time():
-                picture = self._render(row, size, digest)
+                picture = self._render(hit, size, digest)
         except (AbortError, RecordError, Problem) as error:
             return _explain_picture(error)
         self._cache.put(picture)
         return picture
 
-    def _render(self, row: Mapping[str, Any], size: int | None, digest: bytes) -> Picture:
+    def _render(self, hit: Neighbour, size: int | None, digest: bytes) -> Picture:
         if self._read_image is None:
             raise RuntimeError("no reader of images")
-        data = self._read_image(row)
+        data = self._read_image(hit)
         if image_digest(data) != digest:
             raise Problem(410, "source_changed", detail="the source has changed since indexing")
         return render_picture(data, size, etag=digest.hex(), limits=self.limits.images)
 
 
-def _search_group(searches: list[_Search]) -> list[list[Hit] | Exception]:
+def _search_group(searches: list[_Search]) -> list[list[Neighbour] | Exception]:
     first = searches[0]
     vectors = np.stack([search.vector for search in searches])  # (B, dim)
     k = max(search.k for search in searches)
     try:
-        found = first.snapshot.search(vectors, k, where=first.where, exact=first.exact)
+        found = first.snapshot.search(vectors, k, first.where, exact=first.exact)
     except Exception as error:
         return [error] * len(searches)
     return [hits[: search.k] for hits, search in zip(found, searches, strict=True)]
@@ -403,9 +410,15 @@ def _milliseconds(end_s: float, start_s: float) -> float:
     return round(1000 * (end_s - start_s), 3)
 
 
-def unknown_key() -> Problem:
-    """Return the answer to a key that is not in the index; it does not repeat the key."""
-    return Problem(404, "unknown_key", detail="no image of this key is indexed")
+def list_public_columns(info: IndexInfo) -> pa.Schema:
+    """Return the columns that answers show and filters may name."""
+    return pa.schema([item for item in info.columns if item.name not in HIDDEN_COLUMNS])
+
+
+def show_columns(hit: Neighbour) -> dict[str, Any]:
+    """Return the metadata that an answer shows of a row."""
+    hidden = HIDDEN_COLUMNS | {"key"}
+    return {name: value for name, value in hit.columns.items() if name not in hidden}
 
 
 def check_vector(vector: np.ndarray, dim: int, *, where: str) -> None:
@@ -425,11 +438,18 @@ def check_vector(vector: np.ndarray, dim: int, *, where: str) -> None:
         raise Problem(422, "invalid_vector", detail=problem, where=where)
 
 
-def _check_space(space: str | None, snapshot: Snapshot) -> None:
+def _check_options(options: SearchOptions, snapshot: Snapshot) -> pc.Expression | None:
+    """Return the compiled filter of ``options``, and refuse what does not fit the index."""
     expected = snapshot.info.space.id
-    if space is not None and space != expected:
+    if options.space is not None and options.space != expected:
         detail = f"the index holds vectors of space {expected}; embed the query as it was"
         raise Problem(409, "other_space", detail=detail, where="space")
+    if options.filter is None:
+        return None
+    try:
+        return compile_where(options.filter, list_public_columns(snapshot.info))
+    except QueryError as error:
+        raise Problem(422, "invalid_filter", detail=str(error), where="filter") from error
 
 
 def make_classes(classes: Classes | None) -> list[ClassScore] | None:
@@ -440,12 +460,12 @@ def make_classes(classes: Classes | None) -> list[ClassScore] | None:
     return [ClassScore(index=i, probability=round(p, 6)) for i, p in pairs]
 
 
-def make_result(hit: Hit, snapshot: Snapshot, *, metadata: bool, vector: bool) -> Result:
+def make_result(hit: Neighbour, snapshot: Snapshot, *, metadata: bool, vector: bool) -> Result:
     """Return what an answer shows of a hit."""
     stored = snapshot.vector(hit.key) if vector else None
     return Result(
         key=hit.key,
         score=round(hit.score, 6),
-        metadata=hit.metadata if metadata else None,
+        metadata=show_columns(hit) if metadata else None,
         vector_base64=None if stored is None else encode_vector(stored),
     )

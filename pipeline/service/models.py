@@ -237,6 +237,11 @@ def decode_base64(text: str, *, where: str) -> bytes:
         ) from error
 
 
+def encode_image(data: bytes) -> str:
+    """Return base64, the form in which a JSON body carries an image."""
+    return base64.b64encode(data).decode()
+
+
 def encode_vector(vector: np.ndarray) -> str:
     """Return little-endian float32 in base64."""
     return base64.b64encode(np.ascontiguousarray(vector, dtype="<f4").tobytes()).decode()

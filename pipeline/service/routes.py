@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 
+from pipeline.errors import UnknownKeyError
+from pipeline.index.search import Snapshot
+from pipeline.index.where import is_filterable
 from pipeline.service.bodies import (
     get_media_type,
     open_form,
@@ -17,9 +20,14 @@ from pipeline.service.bodies import (
     take_text,
     validate,
 )
-from pipeline.service.collection import Hit, Snapshot
-from pipeline.service.filters import is_filterable
-from pipeline.service.lookups import Lookups, Target, make_classes, make_result, unknown_key
+from pipeline.service.lookups import (
+    Lookups,
+    Target,
+    list_public_columns,
+    make_classes,
+    make_result,
+    show_columns,
+)
 from pipeline.service.models import (
     MAX_IMAGES,
     BatchRequest,
@@ -80,7 +88,7 @@ async def search(request: Request) -> Response:
     The form carries an encoded image as a file, and the other fields as JSON in ``options``.
     """
     lookups = get_lookups(request)
-    snapshot = lookups.collection.current()
+    snapshot = lookups.index.snapshot
     if get_media_type(request) != FORM:
         if get_media_type(request) != JSON:
             raise refuse_media_type(JSON, FORM)
@@ -104,7 +112,7 @@ async def search_batch(request: Request) -> Response:
     """Answer several searches from one generation; one that is wrong fails them all."""
     lookups = get_lookups(request)
     batch = await read_json(request, BatchRequest)
-    snapshot = lookups.collection.current()
+    snapshot = lookups.index.snapshot
     responses = await asyncio.gather(*(lookups.search(s, snapshot) for s in batch.searches))
     return answer(BatchResponse(responses=responses))
 
@@ -123,7 +131,7 @@ async def embed(request: Request) -> Response:
     embeddings = await asyncio.gather(
         *(lookups.embed(data, where=f"{where}.{i}") for i, data in enumerate(images))
     )
-    space = lookups.collection.current().info.space
+    space = lookups.index.snapshot.info.space
     classes = [make_classes(one.classes) or [] for one in embeddings]
     vectors = [one.vector for one in embeddings if one.vector is not None]
     body = EmbedResponse(
@@ -157,20 +165,20 @@ async def show_info(request: Request) -> Response:
 
 def describe_service(lookups: Lookups) -> Info:
     """Return what is being served."""
-    snapshot = lookups.collection.current()
-    info, embedder, points = snapshot.info, lookups.embedder, snapshot.read_map()
+    snapshot = lookups.index.snapshot
+    info, embedder, points = snapshot.info, lookups.embedder, snapshot.opened.map
     columns = [
         Column(name=item.name, type=str(item.type), filterable=is_filterable(item.type))
-        for item in info.public_schema
+        for item in list_public_columns(info)
     ]
     return Info(
         generation=info.generation,
         rows=info.rows,
-        dim=info.space.dim,
+        dim=info.dim,
         kind=info.kind,
         space=info.space.to_dict(),
         space_id=info.space.id,
-        recall=info.recall,
+        recall=info.measured.get("recall"),
         created_s=info.created_s,
         newest_image_s=info.newest_image_s,
         columns=columns,
@@ -184,19 +192,13 @@ def describe_service(lookups: Lookups) -> Info:
 @router.get("/map", response_model=MapResponse, responses=describe_problems(404))
 async def show_map(request: Request) -> Response:
     """Return a sample of the collection laid out in two dimensions."""
-    snapshot = get_lookups(request).collection.current()
-    points = await asyncio.to_thread(snapshot.read_map)
+    snapshot = get_lookups(request).index.snapshot
+    points = snapshot.opened.map
     if points is None:
         raise Problem(404, "no_map", detail="this generation was built without a map")
-    x, y = (points.xy.round(5).T).tolist()
-    body = {
-        "generation": snapshot.info.generation,
-        "method": points.method,
-        "keys": list(points.keys),
-        "x": x,
-        "y": y,
-    }
-    return Response(json.dumps(body, separators=(",", ":")), media_type=JSON)
+    head = json.dumps({"generation": snapshot.info.generation})
+    body = head[:-1].encode() + b"," + points.to_json()[1:]
+    return Response(body, media_type=JSON)
 
 
 @router.get(
@@ -207,7 +209,7 @@ async def show_map(request: Request) -> Response:
 )
 async def sample(request: Request, n: Annotated[int, Query(ge=1, le=100)] = 12) -> Response:
     """Return some indexed images, drawn at random."""
-    snapshot = get_lookups(request).collection.current()
+    snapshot = get_lookups(request).index.snapshot
     hits = await asyncio.to_thread(snapshot.sample, n)
     items = [make_result(hit, snapshot, metadata=True, vector=False) for hit in hits]
     return answer(SampleResponse(generation=snapshot.info.generation, items=items))
@@ -225,9 +227,10 @@ async def sample(request: Request, n: Annotated[int, Query(ge=1, le=100)] = 12) 
 async def show_image(request: Request, key: str, size: Size = "original") -> Response:
     """Return an indexed image, or a thumbnail whose longest side has ``size`` pixels."""
     lookups = get_lookups(request)
-    snapshot = lookups.collection.current()
-    hit = await asyncio.to_thread(snapshot.find, key)
-    if hit is None:
+    snapshot = lookups.index.snapshot
+    try:
+        hit = await asyncio.to_thread(snapshot.find, key)
+    except UnknownKeyError:
         # "…/image" may be the end of a key; that image's own picture is at "…/image/image".
         return await _answer_item(lookups, snapshot, f"{key}/image")
     picture = await lookups.picture(hit, None if size == "original" else int(size))
@@ -253,16 +256,14 @@ async def show_item(
 ) -> Response:
     """Return what is known of an indexed image."""
     lookups = get_lookups(request)
-    snapshot = lookups.collection.current()
+    snapshot = lookups.index.snapshot
     return await _answer_item(lookups, snapshot, key, neighbours=neighbours, vector=vector)
 
 
 async def _answer_item(
     lookups: Lookups, snapshot: Snapshot, key: str, *, neighbours: int = 0, vector: bool = False
 ) -> Response:
-    hit: Hit | None = await asyncio.to_thread(snapshot.find, key)
-    if hit is None:
-        raise unknown_key()
+    hit = await asyncio.to_thread(snapshot.find, key)
     stored = await asyncio.to_thread(snapshot.vector, key) if vector or neighbours else None
     found: list[Any] | None = None
     if stored is not None and neighbours:
@@ -271,7 +272,7 @@ async def _answer_item(
     item = Item(
         key=hit.key,
         generation=snapshot.info.generation,
-        metadata=hit.metadata,
+        metadata=show_columns(hit),
         vector_base64=encode_vector(stored) if vector and stored is not None else None,
         neighbours=found,
     )

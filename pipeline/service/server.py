@@ -1,0 +1,97 @@
+"""Serving: on Ray Serve, or as one plain server in this process."""
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import uvicorn
+
+from pipeline.config import ServeConfig
+from pipeline.service.assembly import build_app
+from pipeline.service.guard import Asgi
+from pipeline.service.keys import check_exposure, read_api_keys
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServeReport:
+    """What a service did until it was stopped.
+
+    Attributes:
+        index: URI of the index.
+        url: Where it listened.
+        seconds: How long.
+    """
+
+    index: str
+    url: str
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready values."""
+        return {"job": "serve"} | asdict(self)
+
+
+def serve(config: ServeConfig) -> ServeReport:
+    """Answer lookups until a signal says stop; what ``jobs/serve.py`` calls.
+
+    Raises:
+        SettingsError: A setting is wrong, or the service would let strangers in unasked.
+        ObjectMissingError: There is no index.
+    """
+    keys = read_api_keys(config.api_key_file)
+    check_exposure(config.host, has_keys=bool(keys.digests), allow_public=config.allow_public)
+    if config.local:
+        return serve_here(config)
+    from pipeline.service.cluster import serve_on_ray  # Ray takes seconds to import
+
+    return serve_on_ray(config)
+
+
+def serve_here(config: ServeConfig) -> ServeReport:
+    """Answer lookups in this process until SIGINT or SIGTERM."""
+    started_s = time.monotonic()
+    server = make_server(build_app(config), config)
+    sock = server.config.bind_socket()
+    host, port = sock.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    log.info("serving %s on %s", config.index, url)
+    with catch_signals(threading.Event()):
+        server.run(sockets=[sock])
+    return ServeReport(config.index, url, round(time.monotonic() - started_s, 3))
+
+
+def make_server(app: Asgi, config: ServeConfig) -> uvicorn.Server:
+    """Return a server that finishes what has begun when it is stopped."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=config.host,
+            port=config.port,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=round(config.shutdown_s),
+        )
+    )
+
+
+@contextmanager
+def catch_signals(stop: threading.Event) -> Iterator[None]:
+    """Set ``stop`` on SIGINT and SIGTERM instead of ending the process.
+
+    Around a server that catches them itself: it sends them on once it has ended.
+    """
+    caught = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in caught}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
