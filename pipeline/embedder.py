@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.backbones import create_backbone, load_weights, optimize_for_inference, weights_digest
+from pipeline.decodepool import DecodePool
 from pipeline.errors import CorruptionError, RecordError, SettingsError
-from pipeline.images import DecodedImage, DecodePool, ImageLimits, decode_image, image_digest
+from pipeline.images import DecodedImage, ImageLimits, decode_image, image_digest
 from pipeline.records import Classes, Embedding, Record, Space
 from pipeline.storage import Storage
 from pipeline.transforms import DataConfig, normalise, resize_and_crop
