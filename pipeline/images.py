@@ -70,6 +70,8 @@ _TRUNCATED = re.compile(
     re.IGNORECASE,
 )
 
+_PILLOW_MODULES = re.compile(r"PIL\.")
+
 _ORIENTATION_TAG = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -175,12 +177,8 @@ def _ignore_pillow_warnings() -> None:
 
     One process-wide filter for Pillow's own modules: ``catch_warnings`` is not thread-safe.
     """
-    if not any(entry[3] is not None and entry[3] == _PILLOW for entry in warnings.filters):
-        warnings.filterwarnings("ignore", category=UserWarning, module=_PILLOW.pattern)
-        warnings.filterwarnings("ignore", category=RuntimeWarning, module=_PILLOW.pattern)
-
-
-_PILLOW = re.compile(r"PIL\.")
+    if not any(module == _PILLOW_MODULES for _, _, _, module, _ in warnings.filters):
+        warnings.filterwarnings("ignore", module=_PILLOW_MODULES.pattern)
 
 
 def _decode(
