@@ -87,8 +87,8 @@ def place(request: pytest.FixtureRequest) -> Place:
 
 @pytest.fixture
 def faulty(s3_bucket: str, faulty_s3: FaultyProxy) -> tuple[Place, FaultyProxy]:
-    """A bucket behind the proxy; the server gives up on nothing, the client after half a second."""
-    options = StorageOptions(faulty_s3.endpoint_url, storage_attempts=4, storage_timeout_s=0.5)
+    """A bucket behind the proxy."""
+    options = StorageOptions(faulty_s3.endpoint_url, storage_attempts=4, storage_timeout_s=10.0)
     return Place("s3", Storage(options), s3_bucket), faulty_s3
 
 
@@ -96,7 +96,7 @@ def faulty(s3_bucket: str, faulty_s3: FaultyProxy) -> tuple[Place, FaultyProxy]:
 def faulty_moto(moto_server: S3Server) -> Iterator[tuple[Place, FaultyProxy]]:
     """The same in front of moto, which honours If-Match on PUT and checks no signatures."""
     with FaultyProxy(moto_server.endpoint_url) as proxy:
-        options = StorageOptions(proxy.endpoint_url, storage_attempts=4, storage_timeout_s=0.5)
+        options = StorageOptions(proxy.endpoint_url, storage_attempts=4, storage_timeout_s=10.0)
         yield Place("moto", Storage(options), moto_server.make_bucket()), proxy
 
 
@@ -254,7 +254,7 @@ def test_an_empty_object_reads_as_empty(place: Place, tmp_path: Path) -> None:
 
 
 def test_a_stream_gives_all_bytes_in_pieces_of_any_size(place: Place) -> None:
-    data = make_bytes(2 * WINDOW_BYTES + 12_345)
+    data = make_bytes(WINDOW_BYTES + 12_345)
     place.storage.put(place.at("x"), data)
     with place.storage.open_stream(place.at("x")) as stream:
         pieces = [stream.read(100), stream.read(WINDOW_BYTES), stream.read(7)]
@@ -306,10 +306,10 @@ def test_an_object_replaced_while_it_is_read_never_gives_mixed_bytes(
 ) -> None:
     place = open_place(kind, request)
     uri = place.at("x")
-    place.storage.put(uri, b"a" * (2 * WINDOW_BYTES))
+    place.storage.put(uri, b"a" * (WINDOW_BYTES + 1))
     with place.storage.open_stream(uri) as stream:
         assert stream.read(10) == b"a" * 10
-        place.storage.put(uri, b"b" * (2 * WINDOW_BYTES))
+        place.storage.put(uri, b"b" * (WINDOW_BYTES + 1))
         with pytest.raises(ObjectChangedError, match="has changed"):
             stream.read()
 
@@ -467,21 +467,15 @@ def test_a_dead_writers_guard_is_taken_over(
     assert not place.storage.exists(guard)
 
 
-@pytest.mark.parametrize("absent", [True, False])
+@pytest.mark.parametrize(("skip", "header"), [(0, "If-Match"), (1, "If-None-Match")])
 def test_a_store_that_ignores_conditions_is_found_out(
-    absent: bool, faulty_moto: tuple[Place, FaultyProxy]
+    skip: int, header: str, faulty_moto: tuple[Place, FaultyProxy]
 ) -> None:
     place, proxy = faulty_moto
-    uri = place.at("x")
-    proxy.inject(Fault("ignored_condition", method="PUT", times=None))
-    place.storage.put(uri, b"1")
-    version = place.storage.stat(uri).version
-    calls = {
-        True: lambda: place.storage.put_if_absent(place.at("y"), b"2"),
-        False: lambda: place.storage.put_if_version(uri, b"2", version),
-    }
-    with pytest.raises(StorageError, match=r"this store ignores If.*Match, so two writers"):
-        calls[absent]()
+    proxy.inject(Fault("ignored_condition", method="PUT", skip=skip, times=None))
+    with pytest.raises(StorageError, match=f"this store ignores {header}, so two writers"):
+        place.storage.put_if_absent(place.at("x"), b"1")
+    assert len(place.storage.list_objects(place.uri)) == skip
 
 
 # --- Faults of the network and the store
@@ -505,7 +499,7 @@ def prepare_calls(place: Place, tmp_path: Path) -> dict[str, Callable[[], object
     }
 
 
-@pytest.mark.parametrize("kind", ["slow_down", "internal_error", "lost_answer", "stall"])
+@pytest.mark.parametrize("kind", ["slow_down", "internal_error", "lost_answer"])
 def test_every_request_survives_passing_faults(
     kind: str, faulty: tuple[Place, FaultyProxy], tmp_path: Path
 ) -> None:
@@ -513,26 +507,44 @@ def test_every_request_survives_passing_faults(
     calls = prepare_calls(place, tmp_path)
     undisturbed = {name: call() for name, call in calls.items()}
     place.storage.delete([place.at("up")])
-    times = 1 if kind == "stall" else 3
     for name, call in calls.items():
         proxy.clear()
-        proxy.inject(Fault(kind, times=times))
+        proxy.inject(Fault(kind, times=2))
         assert call() == undisturbed[name], name
-        assert proxy.count(faulty=True) == times, name
+        assert proxy.count(faulty=True) == 2, name
         place.storage.delete([place.at("up")])
+
+
+def test_a_store_that_does_not_answer_is_asked_again(
+    faulty: tuple[Place, FaultyProxy], tmp_path: Path
+) -> None:
+    place, proxy = faulty
+    calls = prepare_calls(hurry(place), tmp_path)
+    for name in ("read", "put"):
+        proxy.clear()
+        proxy.inject(Fault("stall"))
+        calls[name]()
+        assert proxy.count(faulty=True) == 1, name
+    assert place.storage.read(place.at("x")) == b"0123456789"
+
+
+def hurry(place: Place) -> Place:
+    """Return the place through a storage that waits half a second at most."""
+    options = replace(place.storage.options, storage_timeout_s=0.5)
+    return replace(place, storage=Storage(options))
 
 
 def test_faults_that_do_not_pass_end_after_the_set_number_of_attempts(
     faulty: tuple[Place, FaultyProxy], tmp_path: Path
 ) -> None:
     place, proxy = faulty
-    for name, call in prepare_calls(place, tmp_path).items():
+    calls = prepare_calls(place, tmp_path)
+    words = r"failed 4 times, .*(SlowDown|503).*storage_attempts"
+    for name in ("list", "stat", "read", "put"):
         proxy.clear()
         proxy.inject(Fault("slow_down", times=None))
-        with pytest.raises(
-            StorageError, match=r"failed 4 times, .*(SlowDown|503).*storage_attempts"
-        ):
-            call()
+        with pytest.raises(StorageError, match=words):
+            calls[name]()
         assert proxy.count() == 4, name
 
 
@@ -541,18 +553,20 @@ def test_a_body_that_breaks_off_is_continued_where_it_broke(
     kind: str, faulty: tuple[Place, FaultyProxy]
 ) -> None:
     place, proxy = faulty
-    data = make_bytes(WINDOW_BYTES + 1_000_000)
+    data = make_bytes(2_000_000)
     place.storage.put(place.at("x"), data)
-    proxy.inject(Fault(kind, method="GET", times=3, after_bytes=300_000))
+    if kind == "stall_body":
+        place = hurry(place)
+    proxy.inject(Fault(kind, method="GET", times=2, after_bytes=300_000))
     assert slurp(place.storage.open_stream(place.at("x"))) == data
-    assert proxy.count("GET", faulty=True) == 3
+    assert proxy.count("GET", faulty=True) == 2
     starts = [int(seen.headers["range"][6:].split("-")[0]) for seen in _gets(proxy)]
     assert starts == sorted(starts)
     assert starts[0] == 0
     assert starts[1] > 0
-    proxy.inject(Fault(kind, method="GET", times=2, after_bytes=300_000))
+    proxy.inject(Fault(kind, method="GET", after_bytes=300_000))
     assert place.storage.read(place.at("x")) == data
-    proxy.inject(Fault(kind, method="GET", times=2, after_bytes=300_000))
+    proxy.inject(Fault(kind, method="GET", after_bytes=300_000))
     assert place.storage.read_range(place.at("x"), 5, 1_000_000) == data[5:1_000_005]
 
 
@@ -564,9 +578,9 @@ def test_a_store_that_never_gets_far_still_gives_the_whole_object(
     faulty: tuple[Place, FaultyProxy],
 ) -> None:
     place, proxy = faulty
-    data = make_bytes(1_000_000)
+    data = make_bytes(200_000)
     place.storage.put(place.at("x"), data)
-    proxy.inject(Fault("short", method="GET", times=None, after_bytes=100_000))
+    proxy.inject(Fault("short", method="GET", times=None, after_bytes=30_000))
     assert place.storage.read(place.at("x")) == data
     assert slurp(place.storage.open_stream(place.at("x"))) == data
 
@@ -606,9 +620,9 @@ def test_many_threads_read_and_write_through_a_bad_network(
         )
 
     with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(work, range(24)))
-    assert len(storage.list_objects(place.uri)) == 24
-    assert proxy.count(faulty=True) > 20
+        assert all(pool.map(work, range(12)))
+    assert len(storage.list_objects(place.uri)) == 12
+    assert proxy.count(faulty=True) > 10
 
 
 @pytest.mark.parametrize(
@@ -657,11 +671,13 @@ def test_a_guarded_replacement_survives_every_lost_answer(
     place, proxy = faulty
     uri = place.at("x")
     version = place.storage.put_if_absent(uri, b"0")
-    for lost in range(6):
+    for method in ("PUT", "HEAD", "DELETE"):
+        data = method.encode()
         proxy.clear()
-        proxy.inject(Fault("lost_answer", skip=lost))
-        version = place.storage.put_if_version(uri, f"{lost}".encode() * 9, version)
-        assert place.storage.read_versioned(uri) == (f"{lost}".encode() * 9, version)
+        proxy.inject(Fault("lost_answer", method=method))
+        proxy.inject(Fault("lost_answer", method=method, skip=1))
+        version = place.storage.put_if_version(uri, data, version)
+        assert place.storage.read_versioned(uri) == (data, version)
     assert [info.uri for info in place.storage.list_objects(place.uri)] == [uri]
 
 
