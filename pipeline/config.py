@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.errors import SettingsError
+from pipeline.records import PART_COLUMNS
 
 _SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -126,6 +127,11 @@ class EmbedConfig:
                 raise SettingsError(f"{name} is {value}; it must be at least 1")
         if not 0 <= self.top_k_classes <= 1000:
             raise SettingsError(f"top_k_classes is {self.top_k_classes}; use 0 to 1000")
+        if taken := PART_COLUMNS.intersection(self.carry):
+            raise SettingsError(
+                f"carry names {', '.join(sorted(taken))}, which every output has a column of its "
+                "own for; rename that column at the source, or leave it out"
+            )
         parse_size(self.chunk_bytes, setting="chunk_bytes")
         parse_size(self.max_image_bytes, setting="max_image_bytes")
         parse_failure_limit(self.max_failures)

@@ -453,6 +453,7 @@ def make_flow_settings(
     limits = ImageLimits(
         max_pixels=config.max_pixels,
         max_image_bytes=parse_size(config.max_image_bytes, setting="max_image_bytes"),
+        timeout_s=config.image_timeout_s,
     )
     on_gpu = resources.gpus > 0
     return FlowSettings(

@@ -23,6 +23,25 @@ STATUSES = (
 )
 """What became of a record. Everything but ``ok`` has a null embedding and a reason."""
 
+PART_COLUMNS = frozenset(
+    [
+        "key",
+        "shard",
+        "row",
+        "status",
+        "error",
+        "width",
+        "height",
+        "offset",
+        "nbytes",
+        "sha256",
+        "embedding",
+        "class_index",
+        "class_prob",
+    ]
+)
+"""Names of the columns that a part may have besides the carried ones."""
+
 Classes = tuple[NDArray[np.int16], NDArray[np.float32]]
 """Class indices, int16 (k,) or (B, k), and their probabilities, float32, best first."""
 
