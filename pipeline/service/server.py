@@ -45,13 +45,22 @@ def serve(config: ServeConfig) -> ServeReport:
         SettingsError: A setting is wrong, or the service would let strangers in unasked.
         ObjectMissingError: There is no index.
     """
-    keys = read_api_keys(config.api_key_file)
-    check_exposure(config.host, has_keys=bool(keys.digests), allow_public=config.allow_public)
+    check_keys(config)
     if config.local:
         return serve_here(config)
     from pipeline.service.cluster import serve_on_ray  # Ray takes seconds to import
 
     return serve_on_ray(config)
+
+
+def check_keys(config: ServeConfig) -> None:
+    """Refuse to let strangers in unasked.
+
+    Raises:
+        SettingsError: The address is public, and there is neither a key nor ``--allow-public``.
+    """
+    keys = read_api_keys(config.api_key_file)
+    check_exposure(config.host, has_keys=bool(keys.digests), allow_public=config.allow_public)
 
 
 def serve_here(config: ServeConfig) -> ServeReport:
