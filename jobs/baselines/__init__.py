@@ -1,0 +1,1 @@
+"""What one would write without this project, as plain programs to be measured against."""

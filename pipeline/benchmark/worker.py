@@ -1,0 +1,139 @@
+"""The contenders of our own that do one thing alone: forward, host path, bare Pillow.
+
+    python -m pipeline.benchmark.worker forward '{"model": …}'
+
+Each serves rounds (see ``rounds.py``) on one core, or on the GPU.
+"""
+
+import io
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipeline.backbones import create_backbone
+from pipeline.benchmark.rounds import serve_rounds
+from pipeline.containers.found import ReadOptions
+from pipeline.engines import EngineOptions, Pixels, build_engine, draw_probes
+from pipeline.images import ImageLimits, decode_image, image_digest
+from pipeline.readers import read_chunks
+from pipeline.shards import list_sources, make_object_shard
+from pipeline.storage import Storage
+from pipeline.transforms import DataConfig, resize_and_crop
+
+Round = Callable[[], tuple[int, Mapping[str, float]]]
+
+
+def make_forward_round(spec: Mapping[str, Any]) -> Round:
+    """Return rounds of the forward pass alone, on crops that are in memory already."""
+    options = EngineOptions(**spec["engine"])
+    data_config = _read_data_config(spec)
+    backbone = create_backbone(spec["model"], weights=spec["weights"], num_classes=0)
+    engine = build_engine(backbone, data_config, options)
+    pixels = engine.allocate()
+    pixels[:] = np.resize(draw_probes(data_config.image_size), pixels.shape)
+    batches = max(1, round(spec["images"] / options.batch_size))
+
+    def run_round() -> tuple[int, Mapping[str, float]]:
+        waiting: list[Any] = []
+        for _ in range(batches):
+            waiting.append(engine.submit(pixels))
+            if len(waiting) > 1:
+                waiting.pop(0)()
+        waiting.pop()()
+        return batches * options.batch_size, {}
+
+    return run_round
+
+
+def make_host_round(spec: Mapping[str, Any]) -> Round:
+    """Return rounds of everything but the forward pass: read, decode, digest, resize, crop."""
+    storage, data_config = Storage(), _read_data_config(spec)
+    draft_size = 2 * data_config.resize_size if spec["decode"] == "fast" else None
+    listing = list_sources([spec["shards"]], "tar", storage)
+    shards = [make_object_shard(source, chunking=()) for source in listing.sources]
+    batch = np.zeros((16, data_config.image_size, data_config.image_size, 3), np.uint8)
+
+    def run_round() -> tuple[int, Mapping[str, float]]:
+        seconds = dict.fromkeys(("read", "decode", "transform"), 0.0)
+        clock = _Clock(seconds)
+        images = 0
+        for shard in shards:
+            for chunk in read_chunks(shard, storage=storage, options=ReadOptions()):
+                clock.book("read")
+                for record in chunk.records:
+                    decoded = decode_image(
+                        record.data, limits=ImageLimits(), exif=spec["exif"], draft_size=draft_size
+                    )
+                    clock.book("decode")
+                    batch[images % len(batch)] = resize_and_crop(decoded.image, data_config)
+                    image_digest(record.data)
+                    clock.book("transform")
+                    images += 1
+        return images, seconds
+
+    return run_round
+
+
+class _Clock:
+    """Books CPU time since the last booking on a stage."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds = seconds
+        self._last_s = time.thread_time()
+
+    def book(self, stage: str) -> None:
+        now_s = time.thread_time()
+        self._seconds[stage] += now_s - self._last_s
+        self._last_s = now_s
+
+
+def make_pillow_round(spec: Mapping[str, Any]) -> Round:
+    """Return rounds of the shortest loop over Pillow that gives the same crops, from memory."""
+    data_config = _read_data_config(spec)
+    paths = sorted(Path(spec["files"]).iterdir())
+    encoded = [path.read_bytes() for path in paths]
+
+    def run_round() -> tuple[int, Mapping[str, float]]:
+        for data in encoded:
+            loop_over_pillow(data, data_config)
+        return len(encoded), {}
+
+    return run_round
+
+
+def loop_over_pillow(data: bytes, data_config: DataConfig) -> Pixels:
+    """Turn one encoded image into its crop, uint8 (S, S, 3), with Pillow and nothing else."""
+    side, short = data_config.image_size, data_config.resize_size
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    shortest = min(image.size)
+    size = (short * image.width // shortest, short * image.height // shortest)
+    image = image.resize(size, Image.Resampling[data_config.interpolation.upper()])
+    left, top = (round((length - side) / 2) for length in size)
+    return np.asarray(image.crop((left, top, left + side, top + side)))
+
+
+def _read_data_config(spec: Mapping[str, Any]) -> DataConfig:
+    return DataConfig(**spec["data_config"])
+
+
+_MAKERS = {
+    "forward": make_forward_round,
+    "host": make_host_round,
+    "pillow": make_pillow_round,
+}
+
+
+def main() -> None:
+    """Serve rounds of the kind and the specification on the command line."""
+    kind, spec = sys.argv[1], json.loads(sys.argv[2])
+    serve_rounds(_MAKERS[kind](spec))
+
+
+if __name__ == "__main__":
+    main()

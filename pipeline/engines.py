@@ -1,0 +1,362 @@
+"""The forward pass: 8-bit crops in, float32 embeddings and logits out, on one device.
+
+An engine is a backbone in the form that computes: plain PyTorch, compiled PyTorch, or OpenVINO.
+All give the same embedding but for rounding, and ``check_engine`` measures how much before a run.
+Engines of fixed shape fill a short batch up with zeros, whose results are cut off again.
+"""
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipeline.backbones import optimize_for_inference
+from pipeline.errors import SettingsError
+from pipeline.transforms import DataConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+EngineName = Literal["torch", "torch-compile", "openvino"]
+Pixels = NDArray[np.uint8]
+
+_NUM_PROBES = 3
+_LARGEST_DEVIATION = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.03}
+_SMALLEST_COSINE = {"fp32": 0.99999, "bf16": 0.99, "fp16": 0.999}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What an engine is built for.
+
+    Attributes:
+        name: Which engine.
+        device: Torch device; engines other than ``"torch"`` and ``"torch-compile"`` need the CPU.
+        precision: Arithmetic of the forward pass, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        batch_size: Most images in one forward pass.
+        threads: Threads of a forward pass on the CPU; None leaves torch's setting alone.
+        logits: Whether the classifier's logits are wanted as well.
+    """
+
+    name: EngineName = "torch"
+    device: str = "cpu"
+    precision: str = "fp32"
+    batch_size: int = 16
+    threads: int | None = None
+    logits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """The outcome of one forward pass.
+
+    Attributes:
+        vectors: Pooled embeddings, float32 (B, D).
+        logits: float32 (B, classes); None unless asked for.
+    """
+
+    vectors: NDArray[np.float32]
+    logits: NDArray[np.float32] | None = None
+
+
+class Engine(Protocol):
+    """A backbone ready to compute."""
+
+    def allocate(self) -> Pixels:
+        """Return a buffer for one batch, uint8 (batch_size, S, S, 3), from which it is fast."""
+        ...
+
+    def submit(self, pixels: Pixels) -> Callable[[], Forwarded]:
+        """Start on crops, uint8 RGB (B, S, S, 3), B up to ``batch_size``.
+
+        Returns:
+            A call that waits for the outcome. ``pixels`` must not change before it returns.
+
+        Raises:
+            torch.OutOfMemoryError: The batch is too large for the device.
+        """
+        ...
+
+
+class Network(nn.Module):
+    """Normalisation, backbone and heads as one module, which is what gets compiled."""
+
+    mean: Tensor
+    std: Tensor
+    full_scale: Tensor
+
+    def __init__(
+        self, backbone: nn.Module, data_config: DataConfig, *, precision: str, logits: bool
+    ) -> None:
+        super().__init__()
+        self.dtype = DTYPES[precision]
+        self.backbone = backbone.to(self.dtype)
+        self.logits = logits
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(data_config, name)).view(1, 3, 1, 1)
+            self.register_buffer(name, values)
+        self.register_buffer("full_scale", torch.tensor(255.0))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Map uint8 RGB (B, S, S, 3) to float32 embeddings, and logits where wanted.
+
+        The arithmetic of the scaling is that of ``transforms.normalise``; its constants live on
+        the device, so that no pass waits for them.
+        """
+        x = pixels.permute(0, 3, 1, 2).to(torch.float32)  # channels-last memory already
+        x = ((x / self.full_scale - self.mean) / self.std).to(self.dtype)
+        features = self.backbone.forward_features(x)  # type: ignore[operator]
+        head: Callable[..., Tensor] = self.backbone.forward_head  # type: ignore[assignment]
+        vectors = head(features, pre_logits=True).float()
+        return (vectors, head(features).float()) if self.logits else (vectors,)
+
+
+def build_engine(backbone: nn.Module, data_config: DataConfig, options: EngineOptions) -> Engine:
+    """Turn a backbone into an engine; compiling, where it does, takes seconds to minutes.
+
+    Raises:
+        SettingsError: The engine is not installed, or cannot do the device or the precision.
+        torch.OutOfMemoryError: A full batch does not fit the device.
+    """
+    _check_options(options)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    network = Network(
+        optimize_for_inference(backbone),
+        data_config,
+        precision=options.precision,
+        logits=options.logits,
+    ).eval()
+    shape = (options.batch_size, data_config.image_size, data_config.image_size, 3)
+    if options.name == "openvino":
+        return OpenVinoEngine(network, shape, threads=options.threads)
+    compiled = options.name == "torch-compile"
+    if options.device == "cpu":
+        return CpuEngine(network, shape, compiled=compiled)
+    return GpuEngine(network, shape, device=options.device, compiled=compiled)
+
+
+def _check_options(options: EngineOptions) -> None:
+    on_cpu = options.device == "cpu"
+    if options.precision == "fp16" and on_cpu:
+        raise SettingsError("precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
+    if options.name == "openvino" and not on_cpu:
+        raise SettingsError("engine openvino runs on the CPU only; use torch-compile on a GPU")
+    if options.name == "openvino" and options.precision != "fp32":
+        raise SettingsError(
+            f"engine openvino computes in fp32, not {options.precision}; use engine torch-compile"
+        )
+
+
+class CpuEngine:
+    """PyTorch on the CPU, as it is or compiled with its weights frozen in."""
+
+    def __init__(self, network: Network, shape: tuple[int, ...], *, compiled: bool) -> None:
+        self._shape = shape
+        self._fixed = compiled
+        self._call: Callable[[Tensor], tuple[Tensor, ...]] = network
+        if compiled:
+            self._call = _compile_for_cpu(network, shape)
+
+    def allocate(self) -> Pixels:
+        """Return a zeroed buffer for one batch."""
+        return np.zeros(self._shape, np.uint8)
+
+    def submit(self, pixels: Pixels) -> Callable[[], Forwarded]:
+        """Compute at once; the call that is returned hands out the outcome."""
+        num = len(pixels)
+        batch = fill_up(pixels, self._shape) if self._fixed else pixels
+        with torch.no_grad():
+            outputs = self._call(torch.from_numpy(batch))
+        forwarded = _to_forwarded([output.numpy()[:num] for output in outputs])
+        return lambda: forwarded
+
+
+def _compile_for_cpu(
+    network: Network, shape: tuple[int, ...]
+) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    import torch._inductor.config as inductor
+
+    settings: Any = inductor.patch(freezing=True, compile_threads=1)
+    with settings, torch.no_grad():
+        compiled: Callable[[Tensor], tuple[Tensor, ...]] = torch.compile(network, dynamic=False)
+        compiled(torch.zeros(shape, dtype=torch.uint8))
+    return compiled
+
+
+class OpenVinoEngine:
+    """OpenVINO on the CPU, float32, one stream."""
+
+    def __init__(self, network: Network, shape: tuple[int, ...], *, threads: int | None) -> None:
+        openvino = _import_openvino()
+        example = torch.zeros(shape, dtype=torch.uint8)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of how OpenVINO traces
+            model = openvino.convert_model(network, example_input=example, input=[list(shape)])
+        settings = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
+            "ENABLE_CPU_PINNING": False,  # several actors would pin themselves to the same core
+        }
+        self._request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+        self._shape = shape
+
+    def allocate(self) -> Pixels:
+        """Return a zeroed buffer for one batch."""
+        return np.zeros(self._shape, np.uint8)
+
+    def submit(self, pixels: Pixels) -> Callable[[], Forwarded]:
+        """Compute at once; the call that is returned hands out the outcome."""
+        outputs = self._request.infer([fill_up(pixels, self._shape)], share_inputs=True)
+        arrays = [outputs[i][: len(pixels)].copy() for i in range(len(outputs))]
+        forwarded = _to_forwarded(arrays)
+        return lambda: forwarded
+
+
+def _import_openvino() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise SettingsError(
+            "engine openvino is not installed; run: pip install 'image-embedding-pipeline"
+            "[openvino]', on every node, or use --engine torch"
+        ) from error
+    return openvino
+
+
+class GpuEngine:
+    """PyTorch on a GPU. Copies overlap with computing; nothing waits until the outcome is asked.
+
+    Batches always have the full shape, so that compiled code and the allocator see one size.
+    """
+
+    def __init__(
+        self, network: Network, shape: tuple[int, ...], *, device: str, compiled: bool
+    ) -> None:
+        self._shape = shape
+        self._device = torch.device(device)
+        torch.backends.cudnn.benchmark = True  # one shape: choosing the fastest kernel pays off
+        network = network.to(self._device)
+        self._call: Callable[[Tensor], tuple[Tensor, ...]] = network
+        if compiled:
+            self._call = torch.compile(network, dynamic=False)
+        self._copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self.submit(self.allocate())()
+
+    def allocate(self) -> Pixels:
+        """Return a zeroed buffer for one batch in pinned memory."""
+        buffer: Pixels = torch.zeros(self._shape, dtype=torch.uint8, pin_memory=True).numpy()
+        return buffer
+
+    def submit(self, pixels: Pixels) -> Callable[[], Forwarded]:
+        """Queue the copy to the GPU, the pass, and the copies back."""
+        num = len(pixels)
+        computing = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._copies):
+            host = torch.from_numpy(fill_up(pixels, self._shape))
+            batch = host.to(self._device, non_blocking=True)
+        computing.wait_stream(self._copies)
+        batch.record_stream(computing)
+        with torch.no_grad():
+            outputs = self._call(batch)
+        results = [torch.empty(o.shape, dtype=o.dtype, pin_memory=True) for o in outputs]
+        for result, output in zip(results, outputs, strict=True):
+            result.copy_(output, non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(computing)
+
+        def wait() -> Forwarded:
+            done.synchronize()
+            return _to_forwarded([result.numpy()[:num] for result in results])
+
+        return wait
+
+
+def fill_up(pixels: Pixels, shape: tuple[int, ...]) -> Pixels:
+    """Return crops as a batch of ``shape``; those that are missing are black."""
+    if pixels.shape == shape:
+        return pixels
+    full = np.zeros(shape, np.uint8)
+    full[: len(pixels)] = pixels
+    return full
+
+
+def _to_forwarded(arrays: list[NDArray[np.float32]]) -> Forwarded:
+    return Forwarded(arrays[0], arrays[1] if len(arrays) > 1 else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """How far an engine's embeddings are from those of the backbone in plain float32 PyTorch.
+
+    Attributes:
+        largest: Largest absolute difference, as a share of the largest absolute value.
+        cosine: Smallest cosine over the pictures.
+        seconds: Time that measuring it took.
+    """
+
+    largest: float
+    cosine: float
+    seconds: float
+
+
+def measure_deviation(
+    engine: Engine, backbone: nn.Module, data_config: DataConfig, *, batch_size: int
+) -> Deviation:
+    """Run a few synthetic pictures through an engine and through the backbone it was made from.
+
+    Args:
+        engine: The engine.
+        backbone: The backbone as it was created: float32, batch norms in place, on the CPU.
+        data_config: Preprocessing of both.
+        batch_size: The engine's; the pictures are cut to it.
+    """
+    start_s = time.perf_counter()
+    pixels = draw_probes(data_config.image_size)[:batch_size]
+    network = Network(backbone, data_config, precision="fp32", logits=False)
+    with torch.no_grad():
+        expected = network(torch.from_numpy(pixels))[0].numpy().astype(np.float64)
+    found = engine.submit(pixels)().vectors.astype(np.float64)
+    lengths = np.linalg.norm(expected, axis=1) * np.linalg.norm(found, axis=1)
+    cosines = (expected * found).sum(axis=1) / np.maximum(lengths, np.finfo(np.float64).tiny)
+    return Deviation(
+        largest=float(np.abs(expected - found).max() / np.abs(expected).max()),
+        cosine=float(cosines.min()),
+        seconds=time.perf_counter() - start_s,
+    )
+
+
+def check_deviation(deviation: Deviation, options: EngineOptions, backbone_name: str) -> None:
+    """Refuse an engine that computes something else.
+
+    Raises:
+        SettingsError: It is further away than its precision explains.
+    """
+    most, least = _LARGEST_DEVIATION[options.precision], _SMALLEST_COSINE[options.precision]
+    if deviation.largest <= most and deviation.cosine >= least:  # False for NaN
+        return
+    raise SettingsError(
+        f"engine {options.name} in {options.precision} is off by {deviation.largest:.2g} of the "
+        f"largest value (cosine {deviation.cosine:.6f}) for {backbone_name}, measured against "
+        f"plain fp32 PyTorch; allowed are {most:g} and {least:g}. Use --engine torch or "
+        "--precision fp32"
+    )
+
+
+def draw_probes(image_size: int) -> Pixels:
+    """Return synthetic pictures with detail at several scales, uint8 (3, S, S, 3)."""
+    rng = np.random.default_rng(0)
+    pictures = np.zeros((_NUM_PROBES, image_size, image_size, 3))
+    for cell in (1, 8, 64):
+        cells = -(-image_size // cell)
+        noise = rng.normal(size=(_NUM_PROBES, cells, cells, 3))
+        pictures += noise.repeat(cell, 1).repeat(cell, 2)[:, :image_size, :image_size]
+    probes: Pixels = np.clip(127.5 + 40 * pictures, 0, 255).astype(np.uint8)
+    return probes
