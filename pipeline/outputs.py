@@ -33,7 +33,7 @@ def describe_output(
     if found is not None and _is_reproducible(config.weights) and found.weights_source == source:
         digest = found.space.weights_sha256
     else:
-        weights = load_weights(config.model, config.weights)
+        weights = load_weights(config.model, config.weights, storage=storage)
         digest = weights_digest(weights.state_dict)
     data_config = resolve_data_config(config.model, use_test_size=config.image_size == "test")
     if config.image_size.isdecimal():
