@@ -37,7 +37,7 @@ class ImageCounts:
         embedded: Embedded by this run.
         failed: Rows of this run without an embedding, by status.
         carried_over: Rows of unchanged shards, among them those brought back unchanged.
-        removed: Rows that left: their source is gone, or was replaced by a newer version.
+        removed: Rows that left because their source is gone.
     """
 
     listed: int

@@ -12,7 +12,7 @@ from pipeline import dataflow
 from pipeline.backbones import find_backbone
 from pipeline.config import EmbedConfig, parse_failure_limit
 from pipeline.dataflow import FlowSettings, Receipt, Resources
-from pipeline.errors import CorruptionError, StorageError
+from pipeline.errors import CorruptionError, SettingsError, StorageError
 from pipeline.estimate import DryRunReport, count_shards, estimate_run, list_again
 from pipeline.lease import Lease
 from pipeline.metrics import DriverMetrics
@@ -59,6 +59,7 @@ def embed(config: EmbedConfig) -> EmbedReport | DryRunReport | VerifyReport:
         return _verify(config, storage)
     find_backbone(config.model)  # a misspelt name needs no listing to be found
     listing = list_sources(config.input, config.input_kind, storage)
+    _refuse_overlap(config.output, listing)
     info, weights = describe_output(config, storage)
     if config.dry_run:
         return estimate_run(config, info, listing, storage)
@@ -67,6 +68,15 @@ def embed(config: EmbedConfig) -> EmbedReport | DryRunReport | VerifyReport:
         claimed = make_output(config, info, weights, listing, storage)
         run = _Run(config, run_id, started_s, claimed, lease)
         return run.execute(listing)
+
+
+def _refuse_overlap(output: str, listing: Listing) -> None:
+    for root in listing.roots:
+        if f"{output}/".startswith(f"{root.rstrip('/')}/"):
+            raise SettingsError(
+                f"the output {output!r} lies inside the input {root!r}, so the next run would read "
+                "its parts as shards; choose an --output beside the input"
+            )
 
 
 def _verify(config: EmbedConfig, storage: Storage) -> VerifyReport:
@@ -266,6 +276,15 @@ class _Run:
         for shard_id in shard.supersedes:
             retire_commit(self._config.output, shard_id, self._storage)
 
+    def _count_removed(self, plan: Plan, before: Mapping[str, Commit]) -> int:
+        """Count rows whose source is gone: of whole shards, and out of bundles that live on."""
+        shrunk = (
+            sum(before[old].rows for old in commit.supersedes if old in before) - commit.rows
+            for commit in self._committed.values()
+            if commit.kind == "bundle" and commit.supersedes
+        )
+        return sum(commit.rows for commit in plan.removed) + sum(shrunk)
+
     def _finish(self, plan: Plan, before: Mapping[str, Commit]) -> EmbedReport:
         """Balance the books against what the output holds now, and write the report."""
         live = list_commits(self._config.output, self._storage)
@@ -273,7 +292,7 @@ class _Run:
         kept = [key for key in before if key in live and key not in self._committed]
         restored = [commit for commit, _ in plan.restored]
         carried_rows = sum(commit.rows for commit in [*map(before.__getitem__, kept), *restored])
-        removed_rows = sum(commit.rows for commit in plan.removed)
+        removed_rows = self._count_removed(plan, before)
         report = EmbedReport(
             run_id=self._run_id,
             output=self._config.output,
