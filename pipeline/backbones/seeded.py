@@ -1,8 +1,8 @@
 """Untrained weights from a seed, with activations as sane as a trained network's.
 
 Plain random weights let activations vanish or explode over fifty layers. Here the batch norms take
-their statistics from a forward pass over synthetic pictures, so that every layer's output has
-about unit scale and different pictures get different embeddings.
+their statistics from a forward pass over synthetic pictures, and the branches beside skips start
+small, so that activations keep about unit scale and different pictures get different embeddings.
 """
 
 import math
@@ -14,11 +14,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from pipeline.backbones.config import BackboneConfig
+from pipeline.backbones.cspdarknet import DarkBlock
+from pipeline.backbones.efficientnetv2 import FusedInvertedResidual
+from pipeline.backbones.fbnetv3 import DepthwiseSeparable
+from pipeline.backbones.layers import InvertedResidual
 
 _NUM_CLASSES = 1000
-_PICTURES = 8
-_PICTURE_SIZE = 128
-_DETAIL_SIZES = (2, 8, 32, 128)
+_BRANCH_SCALE = 0.1
+_BRANCH_ENDS: dict[type[nn.Module], str] = {
+    DarkBlock: "conv2.bn",
+    DepthwiseSeparable: "bn2",
+    FusedInvertedResidual: "bn2",
+    InvertedResidual: "bn3",
+}
+_PICTURES = 32
+_PICTURE_SIZE = 96
+_GRID_SIZES = (3, 6, 12, 48, 96)
+_DARKEST, _BRIGHTEST = -2.1, 2.6  # of pictures normalised with ImageNet's mean and deviation
 
 
 def draw_state_dict(config: BackboneConfig, seed: int) -> dict[str, Tensor]:
@@ -34,7 +46,9 @@ def draw_state_dict(config: BackboneConfig, seed: int) -> dict[str, Tensor]:
     with _one_thread(), torch.no_grad():
         for module in network.modules():
             _draw(module, generator)
-        network.train()  # a momentum of one makes a batch's statistics the running ones
+        for module in network.modules():
+            _shrink_branch(module)
+        network.train()  # with a momentum of one, a batch's statistics become the running ones
         network(_draw_pictures(generator))
     return network.state_dict()
 
@@ -63,10 +77,27 @@ def _draw(module: nn.Module, generator: torch.Generator) -> None:
             module.bias.normal_(0.0, 0.2, generator=generator)
 
 
+def _shrink_branch(module: nn.Module) -> None:
+    end = _BRANCH_ENDS.get(type(module))
+    if end is not None and getattr(module, "has_skip", True):
+        norm = module.get_submodule(end)
+        for parameter in norm.parameters():
+            parameter.mul_(_BRANCH_SCALE)
+
+
 def _draw_pictures(generator: torch.Generator) -> Tensor:
-    """Return normalised pictures (B, 3, H, W) with detail at every scale, as photographs have."""
+    """Return normalised pictures (B, 3, H, W): patches of every size, edges, flat grounds."""
+
+    def draw_share(*shape: int) -> Tensor:
+        return torch.rand(_PICTURES, *shape, generator=generator)
+
     pictures = torch.zeros(_PICTURES, 3, _PICTURE_SIZE, _PICTURE_SIZE)
-    for size in _DETAIL_SIZES:
-        noise = torch.randn(_PICTURES, 3, size, size, generator=generator)
-        pictures += F.interpolate(noise, _PICTURE_SIZE, mode="bilinear")
-    return pictures / math.sqrt(len(_DETAIL_SIZES))
+    for size in _GRID_SIZES:
+        colour = torch.randn(_PICTURES, 3, size, size, generator=generator)
+        patches = torch.lerp(colour, colour[:, :1], draw_share(1, 1, 1))  # colourful to grey
+        shown = draw_share(1, size, size) < draw_share(1, 1, 1)
+        pictures += draw_share(1, 1, 1) * F.interpolate(patches * shown, _PICTURE_SIZE)
+    tint = 0.3 * torch.randn(_PICTURES, 3, 1, 1, generator=generator)
+    ground = torch.lerp(torch.tensor(_DARKEST), torch.tensor(_BRIGHTEST), draw_share(1, 1, 1))
+    pictures = pictures * draw_share(1, 1, 1) + ground + tint
+    return pictures.clamp(_DARKEST, _BRIGHTEST)

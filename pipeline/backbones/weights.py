@@ -16,8 +16,13 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub import (
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -32,8 +37,7 @@ _REMEDY = (
     "or as random:<seed> for untrained ones"
 )
 _RANDOM = "random:"
-_SAFETENSORS_FILE = "model.safetensors"
-_TORCH_FILE = "pytorch_model.bin"
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that is there
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 _BATCH_COUNTER = "num_batches_tracked"  # a training-time count; decides no number
@@ -140,8 +144,8 @@ def apply_weights(network: nn.Module, loaded: LoadedWeights, *, keep_classifier:
 
 def _load_from_hub(config: BackboneConfig) -> LoadedWeights:
     try:
-        path = _download(config.hub_id)
-    except (OSError, EntryNotFoundError) as error:
+        path = _fetch_from_hub(config.hub_id)
+    except Exception as error:  # the client lets the errors of its HTTP library through
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise WeightsError(
             f"cannot fetch the pretrained weights of {config.name} from the hub repository "
@@ -152,13 +156,24 @@ def _load_from_hub(config: BackboneConfig) -> LoadedWeights:
     return _fit_checkpoint(config, path.read_bytes(), source=source, revision=revision)
 
 
-def _download(hub_id: str) -> Path:
+def _fetch_from_hub(hub_id: str) -> Path:
+    # asked first: a download of unknown files tries for half a minute before it finds no hub
+    filename = _find_cached(hub_id) or _find_on_hub(hub_id)
+    return Path(hf_hub_download(hub_id, filename))
+
+
+def _find_cached(hub_id: str) -> str | None:
+    cached = (name for name in _HUB_FILES if isinstance(try_to_load_from_cache(hub_id, name), str))
+    return next(cached, None)
+
+
+def _find_on_hub(hub_id: str) -> str:
+    preferred, other = _HUB_FILES
     try:
-        return Path(hf_hub_download(hub_id, _SAFETENSORS_FILE))
-    except LocalEntryNotFoundError:  # the hub is out of reach, which says nothing of the file
-        raise
+        get_hf_file_metadata(hf_hub_url(hub_id, preferred))
     except EntryNotFoundError:
-        return Path(hf_hub_download(hub_id, _TORCH_FILE))
+        return other
+    return preferred
 
 
 def _parse_seed(text: str) -> int:
