@@ -1,0 +1,415 @@
+"""Weights from files, the hub and seeds: what fits, what is refused, and with which words."""
+
+import argparse
+import http.server
+import io
+import pickle
+import subprocess
+import sys
+import threading
+
+import huggingface_hub.constants
+import pytest
+import safetensors.torch
+import torch
+
+from pipeline.backbones import (
+    create_backbone,
+    encode_weights,
+    load_weights,
+    save_weights,
+    weights_digest,
+)
+from pipeline.errors import UnknownBackboneError, WeightsError
+
+NAME = "fbnetv3_b.ra2_in1k"
+REVISION = "a" * 40
+
+
+@pytest.fixture
+def state_dict(seeded_weights):
+    return dict(seeded_weights(NAME).state_dict)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a torch checkpoint and return its path."""
+
+    def write_checkpoint(value, name="checkpoint.pth"):
+        path = tmp_path / name
+        torch.save(value, path)
+        return str(path)
+
+    return write_checkpoint
+
+
+def assert_same(loaded, state_dict):
+    assert loaded.state_dict.keys() == state_dict.keys()
+    for key, tensor in state_dict.items():
+        assert torch.equal(loaded.state_dict[key], tensor), key
+
+
+def refusal(weights):
+    with pytest.raises(WeightsError) as caught:
+        load_weights(NAME, weights)
+    return str(caught.value)
+
+
+# files
+
+
+def test_every_backbone_comes_back_from_safetensors_with_the_same_bits(
+    name, seeded_weights, tmp_path
+):
+    weights = seeded_weights(name)
+    uri = str(tmp_path / "weights.safetensors")
+    save_weights(weights.state_dict, uri)
+    loaded = load_weights(name, uri)
+    assert_same(loaded, weights.state_dict)
+    assert (loaded.backbone, loaded.source, loaded.revision) == (name, uri, None)
+    assert weights_digest(loaded.state_dict) == weights_digest(weights.state_dict)
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict_ema", "model_ema", "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_a_torch_checkpoint_is_unwrapped(wrapper, prefix, state_dict, write):
+    value = {prefix + key: tensor for key, tensor in state_dict.items()}
+    path = write({wrapper: value, "epoch": 3} if wrapper else value)
+    assert_same(load_weights(NAME, path), state_dict)
+
+
+def test_averaged_weights_go_before_plain_ones(state_dict, write):
+    plain = {key: torch.zeros_like(tensor) for key, tensor in state_dict.items()}
+    path = write({"state_dict": plain, "state_dict_ema": state_dict})
+    assert_same(load_weights(NAME, path), state_dict)
+
+
+def test_an_empty_wrapper_is_passed_over(state_dict, write):
+    path = write({"state_dict_ema": None, "state_dict": state_dict})
+    assert_same(load_weights(NAME, path), state_dict)
+
+
+def test_a_training_checkpoint_with_its_settings_and_optimizer_is_read(state_dict, write):
+    settings = argparse.Namespace(lr=0.1, model=NAME)
+    optimizer = {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1}]}
+    path = write({"state_dict": state_dict, "args": settings, "optimizer": optimizer})
+    assert_same(load_weights(NAME, path), state_dict)
+
+
+def test_an_old_style_torch_file_is_read(state_dict, tmp_path):
+    path = tmp_path / "old.pth"
+    torch.save(state_dict, path, _use_new_zipfile_serialization=False)
+    assert_same(load_weights(NAME, path), state_dict)
+
+
+def test_missing_batch_counters_are_no_fault(state_dict, write):
+    without = {k: v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
+    loaded = load_weights(NAME, write(without))
+    assert loaded.state_dict.keys() == state_dict.keys()
+    assert weights_digest(loaded.state_dict) == weights_digest(state_dict)
+
+
+def test_half_precision_checkpoints_become_float32(state_dict, write):
+    halved = {k: v.half() if v.is_floating_point() else v for k, v in state_dict.items()}
+    loaded = load_weights(NAME, write(halved))
+    assert_same(loaded, {k: v.to(state_dict[k].dtype) for k, v in halved.items()})
+
+
+def test_a_file_url_is_read(state_dict, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(encode_weights(state_dict))
+    assert_same(load_weights(NAME, f"file://{path}"), state_dict)
+
+
+def test_weights_are_read_from_an_object_store(state_dict, s3_server):
+    storage = s3_server.storage()
+    uri = f"{s3_server.make_bucket()}/weights.safetensors"
+    save_weights(state_dict, uri, storage=storage)
+    assert_same(load_weights(NAME, uri, storage=storage), state_dict)
+
+
+# refusals
+
+
+def test_missing_unexpected_and_misshaped_keys_are_named(state_dict, write):
+    del state_dict["conv_stem.weight"]
+    state_dict["head.extra"] = torch.zeros(1)
+    state_dict["conv_head.weight"] = torch.zeros(3, 4)
+    path = write(state_dict)
+    message = refusal(path)
+    assert message.startswith(f"the weights in {path!r} do not fit {NAME}; ")
+    assert "missing: conv_stem.weight; " in message
+    assert "unexpected: head.extra; " in message
+    assert message.endswith("mis-shaped: conv_head.weight (3, 4) instead of (1984, 1344, 1, 1)")
+
+
+def test_a_long_list_of_keys_is_cut_short(seeded_weights, write):
+    other = dict(seeded_weights("ese_vovnet19b_dw.ra_in1k").state_dict)
+    message = refusal(write(other))
+    assert "missing: conv_stem.weight, bn1.weight, " in message
+    assert " more; unexpected: stem.0.conv.weight, " in message
+
+
+def test_integers_in_place_of_floats_are_refused(state_dict, write):
+    state_dict["conv_stem.weight"] = state_dict["conv_stem.weight"].to(torch.int8)
+    assert "not floating point: conv_stem.weight" in refusal(write(state_dict))
+
+
+def test_a_classifier_of_half_its_entries_is_refused(state_dict, write):
+    del state_dict["classifier.weight"]
+    assert "unexpected: classifier.bias" in refusal(write(state_dict))
+
+
+def test_a_path_with_nothing_there_is_refused_with_the_three_ways_to_give_weights(tmp_path):
+    path = str(tmp_path / "nothing.pth")
+    message = refusal(path)
+    assert f"no weights at {path!r}; give weights as a path or URI of a .safetensors" in message
+    assert "random:<seed> for untrained ones" in message
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"not a checkpoint at all", b"\x10\0\0\0\0\0\0\0{garbage", b"PK\x03\x04 cut"]
+)
+def test_a_file_of_another_kind_is_refused(data, tmp_path):
+    path = tmp_path / "file.bin"
+    path.write_bytes(data)
+    assert f"cannot read the weights in {str(path)!r}: " in refusal(path)
+
+
+def test_a_cut_safetensors_file_is_refused(state_dict, tmp_path):
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(encode_weights(state_dict)[:-1000])
+    assert f"cannot read the weights in {str(path)!r}: " in refusal(path)
+
+
+def test_a_cut_torch_file_is_refused(state_dict, tmp_path):
+    path = tmp_path / "cut.pth"
+    buffer = io.BytesIO()
+    torch.save(state_dict, buffer)
+    path.write_bytes(buffer.getvalue()[: buffer.tell() // 2])
+    assert f"cannot read the weights in {str(path)!r}: " in refusal(path)
+
+
+class Dangerous:
+    def __reduce__(self):
+        return (print, ("code in a checkpoint was run",))
+
+
+def test_code_in_a_checkpoint_is_never_run(tmp_path, capsys, write, state_dict):
+    path = tmp_path / "plain.pkl"
+    path.write_bytes(pickle.dumps({"model": Dangerous()}, protocol=2))
+    assert "other objects than tensors" in refusal(path)
+    assert "other objects than tensors" in refusal(write(state_dict | {"extra": Dangerous()}))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_checkpoint_without_a_mapping_of_tensors_is_refused(write):
+    assert "it holds no mapping of names to tensors" in refusal(write([torch.zeros(1)]))
+    assert "epoch are not tensors" in refusal(write({"epoch": 3}))
+
+
+@pytest.mark.parametrize("weights", ["random:", "random:one", "random:-1", f"random:{2**63}"])
+def test_a_seed_that_is_no_number_is_refused(weights):
+    expected = f"weights are {weights!r}; write random:<seed> with a whole number >= 0"
+    assert refusal(weights) == expected
+
+
+def test_weights_of_an_unknown_backbone_are_not_looked_for():
+    with pytest.raises(UnknownBackboneError, match="unknown backbone 'resnet'"):
+        load_weights("resnet", "pretrained")
+
+
+# classifiers
+
+
+def test_a_fresh_classifier_leaves_the_rest_of_the_weights(state_dict, write):
+    path = write(state_dict)
+    backbone = create_backbone(NAME, weights=path, num_classes=7)
+    assert backbone.classifier.weight.shape == (7, 1984)
+    body = {k: v for k, v in backbone.state_dict().items() if not k.startswith("classifier.")}
+    assert all(torch.equal(tensor, state_dict[key]) for key, tensor in body.items())
+
+
+def test_a_classifier_of_the_asked_width_is_the_checkpoints(state_dict, write):
+    tuned = state_dict | {
+        "classifier.weight": torch.full((7, 1984), 0.5),
+        "classifier.bias": torch.full((7,), 0.25),
+    }
+    backbone = create_backbone(NAME, weights=write(tuned), num_classes=7)
+    assert torch.all(backbone.classifier.weight == 0.5)
+    with pytest.raises(WeightsError, match=r"classifier.weight \(7, 1984\) instead of \(1000, "):
+        create_backbone(NAME, weights=write(tuned))
+
+
+def test_a_checkpoint_without_classifier_gives_embeddings_but_no_logits(state_dict, write):
+    body = {k: v for k, v in state_dict.items() if not k.startswith("classifier.")}
+    path = write(body)
+    assert_same(load_weights(NAME, path), body)
+    create_backbone(NAME, weights=path, num_classes=0)
+    with pytest.raises(WeightsError, match=r"missing: classifier.weight, classifier.bias"):
+        create_backbone(NAME, weights=path)
+
+
+def test_feature_maps_need_the_full_checkpoint(state_dict, write):
+    create_backbone(NAME, weights=write(state_dict), features_only=True)
+    del state_dict["blocks.0.0.conv_dw.weight"]
+    with pytest.raises(WeightsError, match=r"missing: blocks.0.0.conv_dw.weight"):
+        create_backbone(NAME, weights=write(state_dict), features_only=True)
+
+
+# seeds
+
+
+def test_a_seed_gives_the_same_bits_in_another_process_with_more_threads(seeded_weights):
+    names = ["ese_vovnet19b_dw.ra_in1k", "fbnetv3_b.ra2_in1k", "resnetv2_50.a1h_in1k"]
+    code = (
+        "import torch; torch.set_num_threads(2); torch.manual_seed(5)\n"
+        "from pipeline.backbones import load_weights, weights_digest\n"
+        f"for name in {names}:\n"
+        "    print(weights_digest(load_weights(name, 'random:7').state_dict))\n"
+        "assert torch.get_num_threads() == 2"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    expected = [weights_digest(seeded_weights(name).state_dict) for name in names]
+    assert result.stdout.split() == expected
+
+
+def test_another_seed_gives_other_weights(state_dict):
+    other = load_weights(NAME, "random:8")
+    assert other.source == "random:8"
+    assert weights_digest(other.state_dict) != weights_digest(state_dict)
+
+
+def test_drawing_weights_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    load_weights(NAME, "random:1")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_seeded_embeddings_are_sane_and_tell_images_apart(name, seeded_weights):
+    backbone = create_backbone(name, weights=seeded_weights(name), num_classes=0)
+    generator = torch.Generator().manual_seed(3)
+    coarse = torch.randn(6, 3, 5, 5, generator=generator)
+    with torch.inference_mode():
+        embeddings = backbone(torch.nn.functional.interpolate(coarse, 96, mode="bilinear"))
+    assert torch.all(embeddings.isfinite())
+    assert 0.01 < embeddings.std() < 10
+    directions = torch.nn.functional.normalize(embeddings)
+    similarities = directions @ directions.T - 2 * torch.eye(6)
+    assert similarities.max() < 0.99
+
+
+# digests
+
+
+def test_the_digest_depends_on_keys_values_and_types_but_not_on_layout(state_dict):
+    digest = weights_digest(state_dict)
+    assert len(digest) == 64
+    assert digest == weights_digest(dict(reversed(state_dict.items())))
+    strided = {
+        key: tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+        for key, tensor in state_dict.items()
+    }
+    assert digest == weights_digest(strided)
+    key = "conv_stem.weight"
+    nudged = state_dict[key].clone()
+    nudged[0, 0, 0, 0] += 1e-3
+    for change in ({key: nudged}, {key: state_dict[key].half()}, {"other": nudged}):
+        assert digest != weights_digest(state_dict | change)
+    assert digest != weights_digest(state_dict | {key: state_dict[key].flatten()})
+
+
+# the hub
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """As much of the hub as a download needs: files of one revision, over real HTTP."""
+
+    def __init__(self, files):
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.files = files
+
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.answer(with_body=False)
+
+    def do_GET(self):
+        self.answer(with_body=True)
+
+    def answer(self, *, with_body):
+        data = self.server.files.get(self.path)
+        self.send_response(200 if data is not None else 404)
+        if data is None:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("X-Repo-Commit", REVISION)
+        self.send_header("ETag", f'"{hash(data):x}"')
+        self.send_header("Content-Length", str(len(data or b"")))
+        self.end_headers()
+        if with_body and data is not None:
+            self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def point_client_at(tmp_path, monkeypatch):
+    """Make the hub's client ask another address, with an empty cache."""
+
+    def point(port):
+        template = f"http://127.0.0.1:{port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    return point
+
+
+@pytest.fixture
+def hub(point_client_at):
+    """A hub in this process; what is put in ``files`` by path can be downloaded."""
+    server = Hub({})
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    point_client_at(server.server_port)
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("filename", ["model.safetensors", "pytorch_model.bin"])
+def test_pretrained_weights_come_from_the_hub_and_then_from_its_cache(hub, filename, state_dict):
+    buffer = io.BytesIO()
+    torch.save(state_dict, buffer)
+    data = encode_weights(state_dict) if filename.endswith("safetensors") else buffer.getvalue()
+    hub.files[f"/timm/{NAME}/resolve/main/{filename}"] = data
+    loaded = load_weights(NAME, "pretrained")
+    assert_same(loaded, state_dict)
+    assert loaded.revision == REVISION
+    assert loaded.source == f"hf://timm/{NAME}/{filename}"
+    hub.shutdown()
+    hub.server_close()
+    assert load_weights(NAME, "pretrained").revision == REVISION
+
+
+def test_without_the_hub_the_error_says_how_to_give_weights(point_client_at):
+    with Hub({}) as closed:
+        point_client_at(closed.server_port)
+    with pytest.raises(WeightsError) as caught:
+        create_backbone(NAME)
+    assert (
+        f"cannot fetch the pretrained weights of {NAME} from the hub repository timm/{NAME}: "
+    ) in str(caught.value)
+    assert str(caught.value).endswith(
+        "; give weights as a path or URI of a .safetensors file or torch checkpoint, "
+        "or as random:<seed> for untrained ones"
+    )
+
+
+def test_a_hub_checkpoint_that_does_not_fit_is_refused(hub, state_dict):
+    del state_dict["bn1.bias"]
+    data = safetensors.torch.save(state_dict)
+    hub.files[f"/timm/{NAME}/resolve/main/model.safetensors"] = data
+    assert f"'hf://timm/{NAME}/model.safetensors' do not fit" in refusal("pretrained")
