@@ -317,7 +317,9 @@ class Lookups:
             image = decode_base64(query.image_base64, where=where)
             return await self._embed_query(image, snapshot, where=where)
         if query.vector:
-            vector, where = np.asarray(query.vector, dtype=np.float32), "query.vector"
+            where = "query.vector"
+            with np.errstate(over="ignore"):  # becomes infinite, which is refused below
+                vector = np.asarray(query.vector, dtype=np.float32)
         else:
             where = "query.vector_base64"
             vector = decode_vector(query.vector_base64, where=where)

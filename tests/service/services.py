@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import uvicorn
 from PIL import Image
-from service.gallery import DIM, STORAGE, make_space
 
 from pipeline.embedder import EmbedderOptions
 from pipeline.images import ImageLimits
@@ -21,6 +20,7 @@ from pipeline.service.guard import GuardLimits
 from pipeline.service.keys import ApiKeys
 from pipeline.service.lookups import LookupLimits, Lookups
 from pipeline.service.metrics import Metrics
+from service.gallery import DIM, STORAGE, make_space
 
 LIMITS = LookupLimits(refresh_s=0, images=ImageLimits(max_pixels=1_000_000))
 GUARD = GuardLimits(max_body_bytes=2_000_000, max_concurrent=500, timeout_s=20.0)

@@ -1,0 +1,383 @@
+import base64
+import json
+import tarfile
+
+import httpx
+import numpy as np
+import pytest
+
+from service.gallery import Gallery, make_image, make_vectors
+from service.services import ColourEmbedder, run_service
+
+KEY = "photos/000.tar/00003.jpg"
+
+
+def post_search(http, query, **options):
+    return http.post("/v1/search", json={"query": query, "k": 5} | options)
+
+
+def encode(vector):
+    return base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()
+
+
+def check_problem(response, status, code):
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    body = response.json()
+    assert (body["status"], body["code"], body["type"]) == (status, code, "about:blank")
+    assert body["detail"]
+    return body
+
+
+def test_a_search_by_key_gives_the_index_s_neighbours_without_the_image_itself(http, service):
+    answer = post_search(http, {"key": KEY}).json()
+    expected = service.index.neighbours_of(KEY, 5)
+    assert [r["key"] for r in answer["results"]] == [n.key for n in expected]
+    scores = [r["score"] for r in answer["results"]]
+    assert scores == pytest.approx([n.score for n in expected], abs=1e-6)
+    assert answer["generation"] == service.index.info.generation
+    assert answer["took"]["search_ms"] > 0
+
+
+def test_a_vector_is_searched_for_as_a_list_and_as_base64_alike(http, service):
+    vector = make_vectors(range(3, 4))[0]
+    as_list = post_search(http, {"vector": vector.tolist()}).json()
+    as_text = post_search(http, {"vector_base64": encode(vector)}).json()
+    assert as_list["results"] == as_text["results"]
+    assert as_list["results"][0]["key"] == KEY
+    assert as_list["results"][0]["score"] == pytest.approx(1, abs=1e-3)
+
+
+def test_an_uploaded_image_equals_the_same_image_in_base64(http, service):
+    image = make_image(3)
+    as_text = post_search(http, {"image_base64": base64.b64encode(image).decode()}).json()
+    form = {"options": json.dumps({"k": 5})}
+    as_form = http.post("/v1/search", files={"image": image}, data=form).json()
+    assert as_form["results"] == as_text["results"]
+    assert len(as_form["results"]) == 5
+
+
+def test_an_upload_without_options_takes_the_defaults(http):
+    answer = http.post("/v1/search", files={"image": make_image(3)}).json()
+    assert len(answer["results"]) == 10
+    assert "metadata" in answer["results"][0]
+
+
+def test_an_image_is_looked_up_by_the_vector_that_embed_gives(http):
+    image = make_image(8)
+    embedded = http.post("/v1/embed", files=[("images", image), ("images", make_image(2))]).json()
+    assert embedded["dim"] == 16
+    assert len(embedded["vectors_base64"]) == len(embedded["classes"]) == 2
+    by_vector = post_search(http, {"vector_base64": embedded["vectors_base64"][0]}).json()
+    by_image = post_search(http, {"image_base64": base64.b64encode(image).decode()}).json()
+    assert by_vector["results"] == by_image["results"]
+    json_body = {"images_base64": [base64.b64encode(image).decode()]}
+    again = http.post("/v1/embed", json=json_body).json()
+    assert again["vectors_base64"] == embedded["vectors_base64"][:1]
+    assert again["space"] == embedded["space"]
+
+
+def test_classes_of_the_query_image_come_when_asked_for(http):
+    query = {"image_base64": base64.b64encode(make_image(3)).decode()}
+    assert "classes" not in post_search(http, query).json()
+    answer = post_search(http, query, include=["classes"]).json()
+    assert len(answer["classes"]) == 5
+    assert answer["classes"][0] == {"index": 0, "probability": pytest.approx(0.1)}
+    assert "metadata" not in answer["results"][0]
+
+
+def test_metadata_shows_carried_columns_and_hides_where_the_data_lies(http):
+    result = post_search(http, {"key": KEY}).json()["results"][0]
+    assert set(result["metadata"]) == {"width", "height", "colour", "price", "cls"}
+
+
+def test_vectors_come_when_asked_for(http, service):
+    result = post_search(http, {"key": KEY}, include=["vector"]).json()["results"][0]
+    stored = np.frombuffer(base64.b64decode(result["vector_base64"]), "<f4")
+    assert np.allclose(stored, service.index.vector(result["key"]))
+    assert set(result) == {"key", "score", "vector_base64"}
+
+
+def test_offset_continues_where_the_first_answer_ended(http):
+    ten = post_search(http, {"key": KEY}, k=10).json()["results"]
+    assert post_search(http, {"key": KEY}, k=4, offset=6).json()["results"] == ten[6:]
+    assert post_search(http, {"key": KEY}, offset=1000).json()["results"] == []
+
+
+def test_a_score_threshold_leaves_out_the_less_similar(http):
+    ten = post_search(http, {"key": KEY}, k=10).json()["results"]
+    floor = ten[4]["score"]
+    kept = post_search(http, {"key": KEY}, k=10, score_threshold=floor - 1e-4).json()["results"]
+    assert kept == ten[:5]
+
+
+def test_exact_search_agrees_with_the_flat_index(http):
+    exact = post_search(http, {"key": KEY}, exact=True).json()["results"]
+    assert [r["key"] for r in exact] == [
+        r["key"] for r in post_search(http, {"key": KEY}).json()["results"]
+    ]
+
+
+@pytest.mark.parametrize(
+    "where", ["colour = teal and price > 20", {"colour": "teal", "price": {"$gt": 20}}]
+)
+def test_a_filter_is_fulfilled_by_every_result(http, where):
+    results = post_search(http, {"key": "photos/000.tar/00000.jpg"}, k=50, filter=where).json()
+    found = [r["metadata"] for r in results["results"]]
+    assert len(found) > 2
+    assert all(m["colour"] == "teal" and m["price"] > 20 for m in found)
+
+
+def test_a_wrong_filter_names_the_column_that_was_meant(http):
+    problem = check_problem(
+        post_search(http, {"key": KEY}, filter="color = teal"), 422, "invalid_filter"
+    )
+    assert problem["detail"] == "no column 'color' to filter by; did you mean 'colour'?"
+    assert problem["where"] == "filter"
+
+
+def test_a_filter_cannot_name_a_hidden_column(http):
+    check_problem(post_search(http, {"key": KEY}, filter="shard ~ tmp"), 422, "invalid_filter")
+
+
+@pytest.mark.parametrize(
+    ("query", "code", "words"),
+    [
+        ({"vector": [1.0, 2.0]}, "invalid_vector", "has 2 values; this index has 16"),
+        ({"vector": [0.0] * 16}, "invalid_vector", "zero"),
+        ({"vector": [1e39] * 16}, "invalid_vector", "not finite"),
+        ({"vector": []}, "invalid_request", "at least 1"),
+        ({"vector_base64": "AAA"}, "invalid_base64", "base64"),
+        ({"vector_base64": "AAAA"}, "invalid_vector", "3 bytes are no whole number"),
+        ({"vector_base64": "AADAfw=="}, "invalid_vector", "1 values"),
+        ({"image_base64": "aGVsbG8="}, "invalid_image", "the image is unsupported"),
+        ({}, "invalid_request", "exactly one"),
+        ({"key": "a", "vector": [1.0]}, "invalid_request", "exactly one"),
+        ({"url": "http://10.0.0.1/secret"}, "invalid_request", "not permitted"),
+    ],
+)
+def test_a_query_that_cannot_be_answered_says_why(http, query, code, words):
+    assert words in check_problem(post_search(http, query), 422, code)["detail"]
+
+
+def test_values_that_are_not_finite_are_no_json_numbers_here(http):
+    body = '{"query": {"vector": [NaN, 1]}}'
+    headers = {"content-type": "application/json"}
+    check_problem(http.post("/v1/search", content=body, headers=headers), 422, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    "options", [{"k": 0}, {"k": 1001}, {"k": "5"}, {"offset": -1}, {"nprobe": 3}]
+)
+def test_options_out_of_range_are_refused(http, options):
+    problem = check_problem(post_search(http, {"key": KEY}, **options), 422, "invalid_request")
+    assert problem["where"] == next(iter(options))
+
+
+def test_a_vector_of_another_space_is_refused(http, service):
+    query = {"vector": [1.0] * 16}
+    assert post_search(http, query, space=service.index.info.space.id).status_code == 200
+    check_problem(post_search(http, query, space="0123456789abcdef"), 409, "other_space")
+
+
+def test_an_unknown_key_is_not_found_and_not_repeated(http):
+    secret = "<script>alert(1)</script>"
+    problem = check_problem(post_search(http, {"key": secret}), 404, "unknown_key")
+    assert secret not in json.dumps(problem)
+
+
+@pytest.mark.parametrize(
+    ("data", "files", "status", "code"),
+    [
+        ({}, {"picture": b"x"}, 422, "invalid_form"),
+        ({"options": "{"}, {"image": b"x"}, 422, "invalid_request"),
+        ({"options": "{}", "more": "x"}, {"image": b"x"}, 400, "invalid_form"),
+        ({"image": "not a file"}, {"options": b"x"}, 422, "invalid_form"),
+    ],
+)
+def test_a_form_that_does_not_fit_says_why(http, data, files, status, code):
+    check_problem(http.post("/v1/search", data=data, files=files), status, code)
+
+
+def test_a_broken_form_is_a_bad_request(http):
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    check_problem(http.post("/v1/search", content=b"--y\r\n", headers=headers), 400, "invalid_form")
+
+
+def test_other_media_types_are_refused(http):
+    headers = {"content-type": "text/plain"}
+    for path in ("/v1/search", "/v1/search/batch", "/v1/embed"):
+        response = http.post(path, content=b"{}", headers=headers)
+        check_problem(response, 415, "unsupported_media_type")
+
+
+def test_a_batch_is_answered_in_order_from_one_generation(http):
+    keys = [f"photos/000.tar/{number:05d}.jpg" for number in range(20)]
+    body = {"searches": [{"query": {"key": key}, "k": 3} for key in keys]}
+    answers = http.post("/v1/search/batch", json=body).json()["responses"]
+    assert [a["results"] for a in answers] == [
+        post_search(http, {"key": key}, k=3).json()["results"] for key in keys
+    ]
+    assert len({a["generation"] for a in answers}) == 1
+
+
+def test_one_wrong_search_fails_its_batch(http):
+    body = {"searches": [{"query": {"key": KEY}}, {"query": {"key": "nobody"}}]}
+    check_problem(http.post("/v1/search/batch", json=body), 404, "unknown_key")
+    check_problem(http.post("/v1/search/batch", json={"searches": []}), 422, "invalid_request")
+
+
+def test_an_item_shows_its_metadata_neighbours_and_vector(http, service):
+    item = http.get(f"/v1/items/{KEY}", params={"neighbours": 3, "vector": True}).json()
+    assert item["key"] == KEY
+    assert item["metadata"]["colour"] == "teal"
+    assert [n["key"] for n in item["neighbours"]] == [
+        n.key for n in service.index.neighbours_of(KEY, 3)
+    ]
+    assert np.frombuffer(base64.b64decode(item["vector_base64"]), "<f4").shape == (16,)
+    assert "neighbours" not in http.get(f"/v1/items/{KEY}").json()
+
+
+def test_a_key_with_escaped_slashes_is_the_same_item(http):
+    escaped = KEY.replace("/", "%2F")
+    assert http.get(f"/v1/items/{escaped}").json()["key"] == KEY
+    assert http.get(f"/v1/items/{escaped}/image").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["..%2F..%2Fetc%2Fpasswd", "%2Fetc%2Fpasswd", "photos/..%2F000.tar", "%00", ""]
+)
+def test_keys_are_looked_up_and_never_opened_as_paths(http, path):
+    for suffix in ("", "/image"):
+        check_problem(http.get(f"/v1/items/{path}{suffix}"), 404, "unknown_key")
+
+
+def test_the_original_is_read_from_its_shard_byte_for_byte(http, gallery):
+    response = http.get(f"/v1/items/{KEY}/image")
+    with tarfile.open(gallery.folder / "photos/000.tar") as tar:
+        assert response.content == tar.extractfile("00003.jpg").read()
+    assert response.headers["content-type"] == "image/jpeg"
+    assert "sandbox" in response.headers["content-security-policy"]
+
+
+def test_a_thumbnail_is_small_and_made_once(http, service):
+    service.images_read.clear()
+    key = "photos/000.tar/00017.jpg"
+    responses = [http.get(f"/v1/items/{key}/image", params={"size": "64"}) for _ in range(3)]
+    assert service.images_read == [key]
+    assert len({r.content for r in responses}) == 1
+    assert len(responses[0].content) < 4000
+    seen = http.get(
+        f"/v1/items/{key}/image?size=64", headers={"if-none-match": responses[0].headers["etag"]}
+    )
+    assert (seen.status_code, seen.content) == (304, b"")
+
+
+def test_thumbnails_come_in_a_few_sizes_only(http):
+    check_problem(http.get(f"/v1/items/{KEY}/image?size=1000000"), 422, "invalid_request")
+
+
+def test_a_key_that_ends_in_image_is_an_item_all_the_same(tmp_path):
+    gallery = Gallery(tmp_path)
+    gallery.add_shard(2, keys=["image", "other"])
+    gallery.build()
+    with run_service(gallery.open()) as service, httpx.Client(base_url=service.url) as http:
+        key = "photos/000.tar/image"
+        assert http.get(f"/v1/items/{key}").json()["key"] == key
+        assert http.get(f"/v1/items/{key}/image").headers["content-type"] == "image/jpeg"
+
+
+def test_a_source_that_changed_or_is_gone_is_never_shown(tmp_path):
+    gallery = Gallery(tmp_path)
+    gallery.add_shard(3)
+    gallery.build()
+    shard = tmp_path / "photos/000.tar"
+    with run_service(gallery.open()) as service, httpx.Client(base_url=service.url) as http:
+        path = "/v1/items/photos/000.tar/00001.jpg/image"
+        shard.write_bytes(bytes(shard.stat().st_size))
+        check_problem(http.get(path), 410, "source_changed")
+        shard.unlink()
+        problem = check_problem(http.get(path), 410, "source_gone")
+        assert str(tmp_path) not in json.dumps(problem)
+
+
+def test_a_sample_draws_different_images_each_time(http):
+    first = http.get("/v1/sample?n=10").json()["items"]
+    second = http.get("/v1/sample?n=10").json()["items"]
+    assert len({item["key"] for item in first}) == 10
+    assert first != second
+    assert http.get("/v1/sample?n=100").json()["items"][0]["metadata"]["colour"]
+    check_problem(http.get("/v1/sample?n=101"), 422, "invalid_request")
+
+
+def test_info_describes_what_is_served(http, service):
+    info = http.get("/v1/info").json()
+    assert info["rows"] == 60
+    assert info["generation"] == service.index.info.generation
+    assert info["space_id"] == service.index.info.space.id
+    assert info["newest_image_s"] == 1.79e9
+    assert (info["image_queries"], info["classes"], info["images"]) == (True, True, True)
+    assert info["map_points"] == 60
+    names = [column["name"] for column in info["columns"]]
+    assert names == ["key", "width", "height", "colour", "price", "cls"]
+
+
+def test_the_map_lays_out_keys_of_the_index(http, service):
+    points = http.get("/v1/map").json()
+    assert points["method"] == "pca"
+    assert len(points["keys"]) == len(points["x"]) == len(points["y"]) == 60
+    assert min(points["x"]) == 0
+    assert max(points["y"]) == 1
+
+
+def test_a_service_without_backbone_or_pictures_says_so(gallery):
+    with (
+        run_service(gallery.open(), read=None) as service,
+        httpx.Client(base_url=service.url) as http,
+    ):
+        image = base64.b64encode(make_image(1)).decode()
+        check_problem(post_search(http, {"image_base64": image}), 501, "no_image_queries")
+        check_problem(
+            http.post("/v1/embed", json={"images_base64": [image]}), 501, "no_image_queries"
+        )
+        check_problem(http.get(f"/v1/items/{KEY}/image"), 404, "images_off")
+        assert post_search(http, {"key": KEY}).status_code == 200
+        info = http.get("/v1/info").json()
+        assert (info["image_queries"], info["images"]) == (False, False)
+
+
+def test_an_image_beyond_the_pixel_limit_is_refused(gallery):
+    from pipeline.errors import RecordError
+    from pipeline.images import ImageLimits, decode_image
+    from pipeline.records import Embedding
+
+    class Strict(ColourEmbedder):
+        def _embed(self, data):
+            try:
+                decode_image(data, limits=ImageLimits(max_pixels=100))
+            except RecordError as error:
+                return Embedding(error.status, error.reason)
+            return super()._embed(data)
+
+    with run_service(gallery.open(), embedder=Strict()) as service:
+        response = httpx.post(f"{service.url}/v1/search", files={"image": make_image(1)})
+        problem = check_problem(response, 422, "invalid_image")
+        assert "too large" in problem["detail"]
+
+
+def test_unknown_paths_and_methods_are_problems_too(http):
+    check_problem(http.get("/v1/nothing"), 404, "not_found")
+    response = http.put("/v1/search")
+    check_problem(response, 405, "method_not_allowed")
+    assert response.headers["allow"] == "POST"
+
+
+def test_a_fault_shows_no_traceback_and_no_path(gallery):
+    def fail(_):
+        raise ValueError("/secret/place")
+
+    with run_service(gallery.open(), read=fail) as service:
+        response = httpx.get(f"{service.url}/v1/items/{KEY}/image?size=64")
+        problem = check_problem(response, 500, "internal")
+        assert "secret" not in json.dumps(problem)
+        assert response.headers["x-content-type-options"] == "nosniff"
