@@ -28,7 +28,7 @@ from pipeline.stores.arrow import ArrowHandler
 from pipeline.stores.local import LocalStore, write_atomically
 from pipeline.stores.other import OtherStore
 from pipeline.stores.s3 import S3Store
-from pipeline.stores.spans import ObjectReader, Span, read_span
+from pipeline.stores.spans import Fetch, ObjectReader, Span, read_span
 
 T = TypeVar("T")
 
@@ -42,9 +42,13 @@ class Store(Protocol):
 
     def list_objects(self, uri: str) -> list[ObjectInfo]: ...  # noqa: D102
     def stat(self, uri: str) -> ObjectInfo: ...  # noqa: D102
-    def fetch(self, uri: str, start: int, stop: int | None, version: str | None) -> Span: ...  # noqa: D102
+    def fetch(  # noqa: D102
+        self, uri: str, *, start: int, stop: int | None, version: str | None
+    ) -> Span: ...
     def put(self, uri: str, data: bytes) -> None: ...  # noqa: D102
-    def put_if(self, uri: str, data: bytes, version: str | None, write_id: str, /) -> str: ...  # noqa: D102
+    def put_if(  # noqa: D102
+        self, uri: str, data: bytes, *, version: str | None, write_id: str
+    ) -> str: ...
     def conditional_version(self, data: bytes, version: str, /) -> str: ...  # noqa: D102
     def delete(self, uris: Iterable[str]) -> None: ...  # noqa: D102
     def upload(self, local_path: Path, uri: str) -> None: ...  # noqa: D102
@@ -136,7 +140,8 @@ class Storage:
             raise ValueError(f"range {offset}+{nbytes} of {uri!r} is negative")
         if nbytes == 0:
             return b""
-        span = read_span(self._fetcher(normalise_uri(uri)), offset, offset + nbytes, version)
+        fetch = self._fetcher(normalise_uri(uri))
+        span = read_span(fetch, start=offset, stop=offset + nbytes, version=version)
         if len(span.data) != nbytes:
             raise StorageError(
                 f"cannot read {nbytes} bytes of {uri!r} from byte {offset}: it has only "
@@ -193,7 +198,7 @@ class Storage:
         Raises:
             ConflictError: It exists.
         """
-        return self._put_conditionally(normalise_uri(uri), data, None)
+        return self._put_if(normalise_uri(uri), data, version=None)
 
     def put_if_version(self, uri: str, data: bytes, version: str) -> str:
         """Replace an object that must still be ``version``; return its new version.
@@ -206,7 +211,7 @@ class Storage:
         Raises:
             ConflictError: It has changed, or is gone.
         """
-        return self._put_conditionally(normalise_uri(uri), data, version)
+        return self._put_if(normalise_uri(uri), data, version=version)
 
     def delete(self, uris: Iterable[str]) -> None:
         """Delete objects; missing ones are fine."""
@@ -240,17 +245,25 @@ class Storage:
         return pyarrow.fs.PyFileSystem(ArrowHandler(self)), uri
 
     def _read_whole(self, uri: str) -> Span:
-        return read_span(self._fetcher(uri), 0, None, None)
+        return read_span(self._fetcher(uri), start=0, stop=None, version=None)
 
-    def _fetcher(self, uri: str) -> Callable[[int, int | None, str | None], Span]:
-        def fetch(start: int, stop: int | None, version: str | None) -> Span:
-            return self._try("read", uri, lambda store: store.fetch(uri, start, stop, version))
+    def _fetcher(self, uri: str) -> Fetch:
+        def fetch(start: int, stop: int | None, *, version: str | None) -> Span:
+            return self._try(
+                "read",
+                uri,
+                lambda store: store.fetch(uri, start=start, stop=stop, version=version),
+            )
 
         return fetch
 
-    def _put_conditionally(self, uri: str, data: bytes, version: str | None) -> str:
+    def _put_if(self, uri: str, data: bytes, *, version: str | None) -> str:
         write_id = uuid.uuid4().hex  # the same for all tries, so that they know each other
-        return self._try("write", uri, lambda store: store.put_if(uri, data, version, write_id))
+        return self._try(
+            "write",
+            uri,
+            lambda store: store.put_if(uri, data, version=version, write_id=write_id),
+        )
 
     def _try(self, action: str, uri: str, call: Callable[[Store], T]) -> T:
         attempts = self.options.storage_attempts

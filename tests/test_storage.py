@@ -428,7 +428,7 @@ def test_of_many_writers_exactly_one_wins_each_round(place: Place) -> None:
 def test_a_protocol_without_conditional_writes_says_so() -> None:
     store = OtherStore(fsspec.filesystem("memory"), protocol="gs")
     with pytest.raises(StorageError, match="gs:// has no conditional writes here; use s3://"):
-        store.put_if("gs://bucket/x", b"", None, "")
+        store.put_if("gs://bucket/x", b"", version=None, write_id="")
 
 
 def test_swift_knows_create_only_and_refuses_if_match(s3_server: S3Server) -> None:
@@ -441,11 +441,11 @@ def test_swift_knows_create_only_and_refuses_if_match(s3_server: S3Server) -> No
     uri, storage = f"{s3_server.make_bucket()}/x", s3_server.storage()
     store = storage._store(uri)
     assert isinstance(store, s3.S3Store)
-    etag = store.write(uri, b"1", {"IfNoneMatch": "*"}, "")
+    etag = store.write(uri, b"1", condition=("If-None-Match", "*"))
     with pytest.raises(OSError) as conflict:
-        store.write(uri, b"2", {"IfNoneMatch": "*"}, "")
+        store.write(uri, b"2", condition=("If-None-Match", "*"))
     with pytest.raises(OSError) as refusal:
-        store.write(uri, b"2", {"IfMatch": f'"{etag}"'}, "")
+        store.write(uri, b"2", condition=("If-Match", f'"{etag}"'))
     assert faults.status_of(conflict.value) == 412
     assert faults.status_of(refusal.value) == 501
 

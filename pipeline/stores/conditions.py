@@ -32,6 +32,7 @@ SETTLE_S = 0.5
 
 _GONE_CODES = ("NoSuchKey", "404")
 _NO_SUCH_ETAG = "0" * 32
+_CREATE = ("If-None-Match", "*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,9 @@ class Head:
 class Writer(Protocol):
     """What is needed of ``S3Store``."""
 
-    def write(self, uri: str, data: bytes, condition: dict[str, str], write_id: str) -> str: ...  # noqa: D102
+    def write(  # noqa: D102
+        self, uri: str, data: bytes, *, condition: tuple[str, str] | None = None, write_id: str = ""
+    ) -> str: ...
     def look_up(self, uri: str) -> Head | None: ...  # noqa: D102
     def delete(self, uris: Iterable[str]) -> None: ...  # noqa: D102
 
@@ -66,7 +69,7 @@ class ConditionalWrites:
         self._refuses_match: dict[str, bool] = {}
         self._honours_create: set[str] = set()
 
-    def put_if(self, uri: str, data: bytes, version: str | None, write_id: str) -> str:
+    def put_if(self, uri: str, data: bytes, *, version: str | None, write_id: str) -> str:
         """Write if the etag is still ``version``, or nothing is there where None; return the etag.
 
         Args:
@@ -83,15 +86,16 @@ class ConditionalWrites:
         if bucket not in self._refuses_match:
             self._refuses_match[bucket] = self._find_refusal(_guard_of(uri))
         if self._refuses_match[bucket]:
-            return self._put_guarded(uri, data, version, write_id)
+            return self._put_guarded(uri, data, version=version, write_id=write_id)
         if version is None:
-            return self._create(uri, data, write_id)
-        return self._write_or_recognise(uri, data, {"IfMatch": f'"{version}"'}, write_id)
+            return self._create(uri, data, write_id=write_id)
+        condition = ("If-Match", f'"{version}"')
+        return self._write_or_recognise(uri, data, condition=condition, write_id=write_id)
 
     def _find_refusal(self, uri: str) -> bool:
         """Tell whether the store refuses ``If-Match``, by a write that cannot happen."""
         try:
-            self._store.write(uri, b"", {"IfMatch": f'"{_NO_SUCH_ETAG}"'}, "")
+            self._store.write(uri, b"", condition=("If-Match", f'"{_NO_SUCH_ETAG}"'))
         except Exception as error:
             if faults.status_of(error) == 501:
                 return True
@@ -101,8 +105,8 @@ class ConditionalWrites:
         self._store.delete([uri])
         raise _make_ignored_error(uri, "If-Match")
 
-    def _create(self, uri: str, data: bytes, write_id: str) -> str:
-        etag = self._write_or_recognise(uri, data, {"IfNoneMatch": "*"}, write_id)
+    def _create(self, uri: str, data: bytes, *, write_id: str) -> str:
+        etag = self._write_or_recognise(uri, data, condition=_CREATE, write_id=write_id)
         bucket = uri.removeprefix("s3://").partition("/")[0]
         if bucket not in self._honours_create:
             self._check_create(uri, data)
@@ -112,7 +116,7 @@ class ConditionalWrites:
     def _check_create(self, uri: str, data: bytes) -> None:
         """Repeat the creation of what is there by now: it must fail."""
         try:
-            self._store.write(uri, data, {"IfNoneMatch": "*"}, "")
+            self._store.write(uri, data, condition=_CREATE)
         except Exception as error:
             if faults.status_of(error) not in (409, 412):
                 raise
@@ -120,17 +124,17 @@ class ConditionalWrites:
         raise _make_ignored_error(uri, "If-None-Match")
 
     def _write_or_recognise(
-        self, uri: str, data: bytes, condition: dict[str, str], write_id: str
+        self, uri: str, data: bytes, *, condition: tuple[str, str], write_id: str
     ) -> str:
         try:
-            return self._store.write(uri, data, condition, write_id)
+            return self._store.write(uri, data, condition=condition, write_id=write_id)
         except Exception as error:
-            is_gone = "IfMatch" in condition and faults.code_of(error) in _GONE_CODES
+            is_gone = condition[0] == "If-Match" and faults.code_of(error) in _GONE_CODES
             if faults.status_of(error) != 412 and not is_gone:
                 raise
-        return self._recognise(uri, write_id, self._store.look_up(uri))
+        return self._recognise(uri, self._store.look_up(uri), write_id=write_id)
 
-    def _recognise(self, uri: str, write_id: str, head: Head | None) -> str:
+    def _recognise(self, uri: str, head: Head | None, *, write_id: str) -> str:
         """Return the etag if an earlier try of the same write did it; a conflict otherwise."""
         if head is not None and head.write_id == write_id:
             return head.etag
@@ -139,20 +143,20 @@ class ConditionalWrites:
             f"cannot write {uri!r}: it {state}; another writer was first: read it again"
         )
 
-    def _put_guarded(self, uri: str, data: bytes, version: str | None, write_id: str) -> str:
+    def _put_guarded(self, uri: str, data: bytes, *, version: str | None, write_id: str) -> str:
         head = self._store.look_up(uri)
         if _etag_of(head) != version:  # lost already, no need to queue
-            return self._recognise(uri, write_id, head)
+            return self._recognise(uri, head, write_id=write_id)
         with self._guard(_guard_of(uri), write_id):
             head = self._store.look_up(uri)
             if _etag_of(head) != version:
-                return self._recognise(uri, write_id, head)
-            return self._store.write(uri, data, {}, write_id)
+                return self._recognise(uri, head, write_id=write_id)
+            return self._store.write(uri, data, write_id=write_id)
 
     @contextlib.contextmanager
     def _guard(self, guard: str, write_id: str) -> Iterator[None]:
         try:
-            self._create(guard, b"", write_id)
+            self._create(guard, b"", write_id=write_id)
         except ConflictError as error:
             head = self._store.look_up(guard)
             if head is not None and head.age_s > GUARD_LIFE_S:

@@ -34,7 +34,7 @@ class LocalStore:
             raise IsADirectoryError(21, "not a regular file")
         return _describe(uri, os.stat(uri))  # noqa: PTH116
 
-    def fetch(self, uri: str, start: int, stop: int | None, version: str | None) -> Span:
+    def fetch(self, uri: str, *, start: int, stop: int | None, version: str | None) -> Span:
         """Return bytes [start, stop) of one version of a file."""
         with self.open(uri, version, buffer_bytes=0) as file:
             info = _describe(uri, os.fstat(file.fileno()))
@@ -59,7 +59,7 @@ class LocalStore:
         with write_atomically(Path(uri)) as file:
             file.write(data)
 
-    def put_if(self, uri: str, data: bytes, version: str | None, _write_id: str) -> str:
+    def put_if(self, uri: str, data: bytes, *, version: str | None, write_id: str) -> str:
         """Write if the content still has ``version``, or is absent where None."""
         with _lock(Path(uri)):
             found = self._find_content_version(uri)

@@ -40,7 +40,7 @@ class OtherStore:
             raise FileNotFoundError(2, "a folder, not an object")
         return self._describe(info)
 
-    def fetch(self, uri: str, start: int, stop: int | None, version: str | None) -> Span:
+    def fetch(self, uri: str, *, start: int, stop: int | None, version: str | None) -> Span:
         """Return bytes [start, stop) of one version."""
         before = self.stat(uri)
         end = before.size_bytes if stop is None else min(stop, before.size_bytes)
@@ -60,7 +60,7 @@ class OtherStore:
         """Write an object, as atomically as the protocol does it."""
         self._filesystem.pipe_file(uri, data)
 
-    def put_if(self, uri: str, data: bytes, version: str | None, _write_id: str) -> str:
+    def put_if(self, uri: str, data: bytes, *, version: str | None, write_id: str) -> str:
         """Write if the content still has ``version``, or is absent where None."""
         if self._protocol != "memory":
             raise StorageError(

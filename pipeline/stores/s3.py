@@ -53,7 +53,7 @@ class S3Store:
         modified_s = head["LastModified"].timestamp()
         return ObjectInfo(uri, head["ContentLength"], _strip(head["ETag"]), modified_s)
 
-    def fetch(self, uri: str, start: int, stop: int | None, version: str | None) -> Span:
+    def fetch(self, uri: str, *, start: int, stop: int | None, version: str | None) -> Span:
         """Return bytes [start, stop) of one version; what had come before a reset, if any."""
         request = _name(uri)
         if version is not None:
@@ -61,11 +61,11 @@ class S3Store:
         if start > 0 or stop is not None:
             request["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
         try:
-            return self._run(self._get(request, start, stop))
+            return self._run(self._get(request, start=start, stop=stop))
         except Exception as error:
             status = faults.status_of(error)
             if status == 416 and start == 0:  # an empty object has no range at all
-                return self.fetch(uri, 0, None, version)
+                return self.fetch(uri, start=0, stop=None, version=version)
             if status == 416:
                 raise StorageError(
                     f"cannot read {uri!r} from byte {start}: it ends before; list it again"
@@ -79,15 +79,19 @@ class S3Store:
 
     def put(self, uri: str, data: bytes) -> None:
         """Write an object."""
-        self.write(uri, data, {}, "")
+        self.write(uri, data)
 
-    def put_if(self, uri: str, data: bytes, version: str | None, write_id: str) -> str:
+    def put_if(self, uri: str, data: bytes, *, version: str | None, write_id: str) -> str:
         """Write if the etag is still ``version``, or nothing is there where None."""
-        return self._conditional.put_if(uri, data, version, write_id)
+        return self._conditional.put_if(uri, data, version=version, write_id=write_id)
 
-    def write(self, uri: str, data: bytes, condition: dict[str, str], write_id: str) -> str:
-        """Write an object under the condition of its headers; return its etag."""
-        request: dict[str, Any] = {**_name(uri), **condition, "Body": data}
+    def write(
+        self, uri: str, data: bytes, *, condition: tuple[str, str] | None = None, write_id: str = ""
+    ) -> str:
+        """Write an object under a condition (header, value); return its etag."""
+        request: dict[str, Any] = {**_name(uri), "Body": data}
+        if condition is not None:
+            request[condition[0].replace("-", "")] = condition[1]
         if write_id:
             request["Metadata"] = {_WRITE_ID: write_id}
         return _strip(self._call("put_object", **request)["ETag"])
@@ -120,8 +124,10 @@ class S3Store:
         started = self._call("create_multipart_upload", **target, Metadata={_WRITE_ID: write_id})
         target["UploadId"] = started["UploadId"]
         try:
-            parts = self._upload_parts(local_path, target, uri)
-            complete = functools.partial(self._complete, uri, target, parts, write_id)
+            parts = self._upload_parts(local_path, target, uri=uri)
+            complete = functools.partial(
+                self._complete, uri, target, parts=parts, write_id=write_id
+            )
             faults.retry(complete, action="write", uri=uri, attempts=self._attempts)
         except BaseException:
             with contextlib.suppress(Exception):  # the first error is the one that tells
@@ -129,7 +135,7 @@ class S3Store:
             raise
 
     def _complete(
-        self, uri: str, target: dict[str, str], parts: list[dict[str, Any]], write_id: str
+        self, uri: str, target: dict[str, str], *, parts: list[dict[str, Any]], write_id: str
     ) -> None:
         try:
             self._call("complete_multipart_upload", **target, MultipartUpload={"Parts": parts})
@@ -139,7 +145,7 @@ class S3Store:
                 raise
 
     def _upload_parts(
-        self, local_path: Path, target: dict[str, str], uri: str
+        self, local_path: Path, target: dict[str, str], *, uri: str
     ) -> list[dict[str, Any]]:
         size_bytes = local_path.stat().st_size
         part_bytes = max(_PART_BYTES, math.ceil(size_bytes / _MOST_PARTS))
@@ -179,12 +185,15 @@ class S3Store:
                 return found
             request["ContinuationToken"] = page["NextContinuationToken"]
 
-    async def _get(self, request: dict[str, str], start: int, stop: int | None) -> Span:
+    async def _get(self, request: dict[str, str], *, start: int, stop: int | None) -> Span:
         answer = await self._filesystem._call_s3("get_object", **request)
         size_bytes, data_start = _measure(answer)
         end = size_bytes if stop is None else min(stop, size_bytes)
-        data = await _read_body(answer["Body"], answer["ContentLength"])
-        return Span(data[start - data_start : end - data_start], size_bytes, _strip(answer["ETag"]))
+        body = await _read_body(answer["Body"], answer["ContentLength"])
+        data = body[start - data_start : end - data_start] if data_start <= start else b""
+        if not data and start < end:
+            raise RetryError(f"{len(body)} bytes came from {data_start}, none from {start} on")
+        return Span(data, size_bytes, _strip(answer["ETag"]))
 
     async def _delete(self, objects: list[dict[str, str]]) -> None:
         for first in range(0, len(objects), _DELETES_AT_ONCE):
@@ -223,8 +232,6 @@ async def _read_body(body: Any, size_bytes: int) -> bytes:
         except Exception as error:
             if not received or not faults.is_passing(error):
                 raise
-    if received == 0 < size_bytes:
-        raise RetryError(f"the body is empty; {size_bytes} bytes were promised")
     return b"".join(pieces)
 
 

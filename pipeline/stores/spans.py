@@ -1,9 +1,8 @@
 """Reading objects by byte ranges, pinned to one version."""
 
 import io
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,16 +20,18 @@ class Span:
     version: str
 
 
-Fetch = Callable[[int, int | None, str | None], Span]
-"""``fetch(start, stop, version)``: bytes [start, stop) (stop None: to the end) of that version."""
+class Fetch(Protocol):
+    """Read bytes [start, stop) of one version; to the end where ``stop`` is None."""
+
+    def __call__(self, start: int, stop: int | None, *, version: str | None) -> Span: ...  # noqa: D102
 
 
-def read_span(fetch: Fetch, start: int, stop: int | None, version: str | None) -> Span:
+def read_span(fetch: Fetch, *, start: int, stop: int | None, version: str | None) -> Span:
     """Return all bytes of [start, stop), cut at the object's end, going on after short answers."""
     pieces: list[bytes] = []
     position = start
     while True:
-        span = fetch(position, stop, version)
+        span = fetch(position, stop, version=version)
         pieces.append(span.data)
         position += len(span.data)
         version = span.version
@@ -81,7 +82,8 @@ class ObjectReader(io.RawIOBase):
         stop = None if size is None or size < 0 else self._position + size
         if self._is_at_end() or stop == self._position:
             return b""
-        return self._keep(read_span(self._fetch, self._position, stop, self._version))
+        span = read_span(self._fetch, start=self._position, stop=stop, version=self._version)
+        return self._keep(span)
 
     def readall(self) -> bytes:
         """Return all bytes that are left."""
@@ -93,7 +95,7 @@ class ObjectReader(io.RawIOBase):
         if self._is_at_end() or not len(view):
             return 0
         stop = self._position + len(view)
-        data = self._keep(self._fetch(self._position, stop, self._version))
+        data = self._keep(self._fetch(self._position, stop, version=self._version))
         view[: len(data)] = data
         return len(data)
 
@@ -107,6 +109,6 @@ class ObjectReader(io.RawIOBase):
 
     def _measure(self) -> int:
         if self._size_bytes is None:
-            span = self._fetch(0, 1, self._version)
+            span = self._fetch(0, 1, version=self._version)
             self._size_bytes, self._version = span.size_bytes, span.version
         return self._size_bytes
