@@ -1,0 +1,101 @@
+"""The nightly job: embed, index, report; one at a time."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from pictures import make_jpeg, write_loose
+from runs import make_config, read_rows
+
+from pipeline import SearchIndex
+from pipeline.cli import parse_settings
+from pipeline.config import IndexConfig, NightlyConfig, NightlyOptions
+from pipeline.errors import AbortError, LeaseError, SettingsError
+from pipeline.lease import Lease
+from pipeline.nightly import run_nightly
+from pipeline.parts import list_commits
+from pipeline.storage import Storage
+
+
+@pytest.fixture
+def night(tmp_path: Path, weights: Path) -> NightlyConfig:
+    write_loose(tmp_path / "in", {f"{i}.jpg": make_jpeg(i) for i in range(6)})
+    return NightlyConfig(
+        embed=make_config(tmp_path / "in", tmp_path / "out", weights),
+        index=IndexConfig(index=str(tmp_path / "index"), cache_dir=str(tmp_path / "cache")),
+        nightly=NightlyOptions(),
+    )
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_nights_follow_the_input(night: NightlyConfig, tmp_path: Path) -> None:
+    first = run_nightly(night)
+    assert (first.embed.images.embedded, first.freshness.indexed_rows) == (6, 6)
+
+    write_loose(tmp_path / "in", {"new.jpg": make_jpeg(7)})
+    (tmp_path / "in" / "0.jpg").unlink()
+    metrics = tmp_path / "textfile" / "nightly.prom"
+    config = replace(night, nightly=NightlyOptions(metrics_file=str(metrics)))
+    config = replace(config, index=replace(config.index, max_row_drop=0.5))
+    second = run_nightly(config)
+    assert second.freshness.indexed_rows == 6
+    assert second.freshness.generation != first.freshness.generation
+    index = SearchIndex.open(night.index.index)
+    assert {n.key for n in index.neighbours_of("new.jpg", 10)} == {f"{i}.jpg" for i in range(1, 6)}
+
+    latest = json.loads((tmp_path / "out" / "runs" / "latest.json").read_text())
+    assert latest["freshness"]["rows"] == {"ok": 6}
+    assert "image_embedding_indexed_rows 6\n" in metrics.read_text()
+    assert 'image_embedding_rows{status="ok"} 6\n' in metrics.read_text()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_night_tries_failed_images_again_once(night: NightlyConfig, tmp_path: Path) -> None:
+    write_loose(tmp_path / "in", {"cut.jpg": make_jpeg(9)[:300]})
+    embedded = [run_nightly(night).embed.shards["embedded"] for _ in range(3)]
+    assert embedded == [1, 1, 0]
+    assert len(list_commits(night.embed.output, Storage())) == 1
+    assert read_rows(night.embed.output)["cut.jpg"]["status"] != "ok"
+
+
+def test_a_night_does_not_overlap_itself(night: NightlyConfig, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    lease = Lease(night.embed.output, "last-night", storage=Storage(), name="nightly.json")
+    with lease, pytest.raises(LeaseError, match=r"last-night .* is writing there now"):
+        run_nightly(night)
+
+
+def test_the_index_is_built_from_the_night_s_own_embeddings(night: NightlyConfig) -> None:
+    elsewhere = replace(night, index=replace(night.index, embeddings="/elsewhere"))
+    with pytest.raises(SettingsError, match="leave --embeddings out"):
+        run_nightly(elsewhere)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_stale_input_fails_the_night_after_publishing(night: NightlyConfig) -> None:
+    config = replace(night, nightly=NightlyOptions(max_age_hours=1e-9))
+    with pytest.raises(AbortError, match=r"newest image indexed is .* hours old"):
+        run_nightly(config)
+    assert SearchIndex.open(night.index.index).info.rows == 6
+
+
+def test_one_toml_holds_the_settings_of_all(tmp_path: Path) -> None:
+    path = tmp_path / "nightly.toml"
+    path.write_text(
+        '[embed]\ninput = ["s3://b/in"]\noutput = "s3://b/out"\nmodel = "resnetv2_50.a1h_in1k"\n'
+        '[embed.storage]\nrequester_pays = true\n[index]\nindex = "s3://b/index"\n'
+        "[nightly]\nmax_age_hours = 36\n"
+    )
+    config = parse_settings(NightlyConfig, ["--config", str(path), "--kind", "flat"])
+    assert config.embed.input == ("s3://b/in",)
+    assert config.embed.storage.requester_pays
+    assert (config.index.index, config.index.kind) == ("s3://b/index", "flat")
+    assert config.nightly.max_age_hours == 36
+
+
+def test_an_unknown_table_is_refused_naming_the_nearest(tmp_path: Path) -> None:
+    path = tmp_path / "nightly.toml"
+    path.write_text("[embde]\n")
+    with pytest.raises(SettingsError, match=r"unknown table 'embde' .*did you mean embed\?"):
+        parse_settings(NightlyConfig, ["--config", str(path)])
