@@ -338,13 +338,13 @@ def _make_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def _check_attributes(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         os.setxattr(folder, "user.s3_server", b"1")
     except OSError as error:
         raise SetupError(
-            f"Swift needs a file system with extended attributes, and {folder} has none: {error}; "
-            "choose another folder with --data"
+            f"Swift needs a folder with extended attributes, and {folder} will not do: {error}; "
+            "choose another one with --data"
         ) from error
 
 

@@ -81,7 +81,7 @@ def run_swift() -> Iterator[S3Server]:
             env=os.environ | secret,
         )
         try:
-            environment = dict(_read_environment(process))
+            environment = dict(read_environment(process))
             if "AWS_ENDPOINT_URL" not in environment:
                 errors.seek(0)
                 raise RuntimeError(errors.read().decode(errors="replace").strip()[-500:])
@@ -92,7 +92,7 @@ def run_swift() -> Iterator[S3Server]:
             process.stdout.close()
 
 
-def _read_environment(process: subprocess.Popen) -> Iterator[tuple[str, str]]:
+def read_environment(process: subprocess.Popen) -> Iterator[tuple[str, str]]:
     for line in process.stdout:
         text = line.decode().strip()
         if text == "# ready":
