@@ -1,12 +1,14 @@
 """Files on this machine: atomic writes, fast listing, conditional writes under a file lock."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import BinaryIO
 
 from pipeline.errors import ConflictError, ObjectChangedError, StorageError
@@ -22,17 +24,20 @@ class LocalStore:
 
     def list_objects(self, uri: str) -> list[ObjectInfo]:
         """Return the files under a folder, or the one file; in no order."""
-        root = Path(uri)
-        if not root.is_dir():
-            return [self.stat(uri)] if root.is_file() else []
-        return list(_walk(uri, ancestors=frozenset()))
+        try:
+            status = os.stat(uri)  # noqa: PTH116
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        if S_ISDIR(status.st_mode):
+            return list(_walk(uri, ancestors=frozenset()))
+        return [_describe(uri, status)] if S_ISREG(status.st_mode) else []
 
     def stat(self, uri: str) -> ObjectInfo:
         """Describe one file."""
-        if not Path(uri).is_file():
-            Path(uri).stat()  # its own error where nothing is there, or may be seen
-            raise IsADirectoryError(21, "not a regular file")
-        return _describe(uri, os.stat(uri))  # noqa: PTH116
+        status = os.stat(uri)  # noqa: PTH116
+        if not S_ISREG(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "not a file but a folder or a device")
+        return _describe(uri, status)
 
     def fetch(self, uri: str, *, start: int, stop: int | None, version: str | None) -> Span:
         """Return bytes [start, stop) of one version of a file."""

@@ -1,5 +1,6 @@
 """Every other protocol, as its fsspec file system does it."""
 
+import errno
 import threading
 from collections.abc import Iterable
 from datetime import datetime
@@ -37,7 +38,7 @@ class OtherStore:
         self._filesystem.invalidate_cache()
         info = self._filesystem.info(uri)
         if info["type"] != "file":
-            raise FileNotFoundError(2, "a folder, not an object")
+            raise FileNotFoundError(errno.ENOENT, "a folder, not an object")
         return self._describe(info)
 
     def fetch(self, uri: str, *, start: int, stop: int | None, version: str | None) -> Span:

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from s3.servers import SCRIPT, connect, read_environment
 
 from pipeline.config import StorageOptions
 from pipeline.storage import Storage
+from s3.servers import SCRIPT, connect, read_environment
 
 
 def start(*arguments: str) -> tuple[subprocess.Popen, dict[str, str]]:
