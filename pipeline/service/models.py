@@ -118,6 +118,13 @@ class Result(BaseModel):
     metadata: dict[str, Any] | None = None
     vector_base64: str | None = Field(default=None, description="Little-endian float32, length 1.")
 
+    @property
+    def vector(self) -> np.ndarray | None:
+        """The stored unit vector, float32, if it was asked for."""
+        if self.vector_base64 is None:
+            return None
+        return decode_vector(self.vector_base64, where="vector_base64")
+
 
 class Took(BaseModel):
     """Where the time went, milliseconds."""
@@ -160,6 +167,13 @@ class Item(BaseModel):
     metadata: dict[str, Any]
     vector_base64: str | None = None
     neighbours: list[Result] | None = None
+
+    @property
+    def vector(self) -> np.ndarray | None:
+        """The stored unit vector, float32, if it was asked for."""
+        if self.vector_base64 is None:
+            return None
+        return decode_vector(self.vector_base64, where="vector_base64")
 
 
 class SampleResponse(BaseModel):

@@ -1,0 +1,460 @@
+"""The page in a real browser: by mouse, by keyboard, by touch, with a key, in both colours."""
+
+import base64
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import BrowserContext, Page, Playwright, expect, sync_playwright
+
+from pipeline.service.app import ASSETS
+from pipeline.service.keys import read_api_keys
+from service.gallery import Gallery, make_image
+from service.services import ColourEmbedder, Service, run_service
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
+KEY = "photos/000.tar/00003.jpg"
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium; apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def playwright() -> Iterator[Playwright]:
+    with sync_playwright() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def open_browser(playwright, tmp_path_factory):
+    """Return a function that starts a browser of a kind, once."""
+    started: dict[str, BrowserContext] = {}
+
+    def start(name: str = "desk", **settings) -> BrowserContext:
+        if name not in started:
+            started[name] = playwright.chromium.launch_persistent_context(
+                tmp_path_factory.mktemp(name),
+                executable_path=CHROMIUM,
+                args=list(FLAGS),
+                **settings,
+            )
+        return started[name]
+
+    yield start
+    for browser in started.values():
+        browser.close()
+
+
+@pytest.fixture
+def open_page(open_browser, service):
+    """Return a function that opens the page and fails the test on any complaint of the browser."""
+    opened: list[tuple[Page, list[str]]] = []
+
+    def open_(path: str = "/", *, url: str | None = None, **browser) -> Page:
+        page = open_browser(**browser).new_page()
+        complaints: list[str] = []
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+        page.on("request", lambda r: complaints.append(r.url) if is_foreign(r.url) else None)
+        opened.append((page, complaints))
+        page.goto((url or service.url) + path)
+        return page
+
+    yield open_
+    for page, complaints in opened:
+        page.close()
+        assert [c for c in complaints if "status of 4" not in c] == []
+
+
+def is_foreign(url: str) -> bool:
+    return not url.startswith(("http://127.0.0.1:", "blob:http://127.0.0.1:", "data:"))
+
+
+def find_keys(page: Page) -> list[str]:
+    expect(page.locator("#grid")).not_to_have_attribute("aria-busy", "true")
+    return page.locator(".pick").evaluate_all("links => links.map(link => link.dataset.key)")
+
+
+def wait_for(page: Page, expression: str) -> None:
+    """Poll an expression until it holds; Playwright's own way needs eval, which we forbid."""
+    deadline = time.monotonic() + 20
+    while not page.evaluate(expression):
+        assert time.monotonic() < deadline, f"it never held: {expression}"
+
+
+def expect_neighbours(page: Page, service: Service, key: str = KEY, k: int = 24) -> None:
+    expect(page.locator("#status")).to_contain_text("neighbours, found in")
+    assert find_keys(page) == [n.key for n in service.index.neighbours_of(key, k)]
+
+
+def test_the_start_shows_random_images_and_what_is_served(open_page, service):
+    page = open_page()
+    expect(page.locator(".card")).to_have_count(24)
+    expect(page.locator("#status")).to_have_text("24 of 60 indexed images, at random")
+    expect(page.locator("#freshness")).to_contain_text(
+        f"generation {service.index.info.generation}"
+    )
+    expect(page.locator("#freshness")).to_contain_text("images 60")
+    expect(page.locator("#freshness")).to_contain_text("newest image")
+    wait_for(page, "[...document.images].every(i => i.hidden || !i.src || i.complete)")
+    sizes = page.locator(".thumb img").evaluate_all("all => all.map(i => i.naturalWidth)")
+    assert min(sizes[:6]) > 100
+
+
+def test_a_click_searches_on_and_back_comes_back(open_page, service):
+    page = open_page()
+    first = page.locator(".pick").nth(5)
+    key = first.get_attribute("data-key")
+    first.click()
+    expect(page.locator("#query-title")).to_have_text(key.rsplit("/", 1)[1])
+    expect_neighbours(page, service, key)
+    page.locator(".pick").nth(2).click()
+    expect(page.locator("#query-title")).not_to_have_text(key.rsplit("/", 1)[1])
+    page.go_back()
+    expect(page.locator("#query-title")).to_have_text(key.rsplit("/", 1)[1])
+    expect_neighbours(page, service, key)
+    page.go_back()
+    expect(page.locator("#query-title")).to_have_text("Find similar images")
+    page.go_forward()
+    expect_neighbours(page, service, key)
+
+
+def test_an_address_can_be_shared_and_reloaded(open_page, service):
+    page = open_page(f"/?key={KEY}&filter=colour+%3D+navy&k=12")
+    expect(page.locator(".card")).to_have_count(10)
+    assert page.locator("#filter").input_value() == "colour = navy"
+    before = find_keys(page)
+    page.reload()
+    expect(page.locator(".card")).to_have_count(10)
+    assert find_keys(page) == before
+
+
+def test_a_card_shows_score_key_and_metadata(open_page, service):
+    page = open_page(f"/?key={KEY}")
+    expect_neighbours(page, service)
+    best = service.index.neighbours_of(KEY, 1)[0]
+    card = page.locator(".card").first
+    expect(card.locator(".score")).to_have_text(f"{best.score:.3f}")
+    expect(card.locator(".name")).to_have_text(best.key.rsplit("/", 1)[1])
+    expect(card.locator(".facts")).to_contain_text(f"colour{best.columns['colour']}")
+
+
+def test_the_filter_box_filters_and_explains_its_mistakes(open_page, service):
+    page = open_page(f"/?key={KEY}")
+    expect_neighbours(page, service)
+    page.get_by_label("Filter").fill("colour = navy and price > 10")
+    page.get_by_label("Filter").press("Enter")
+    expect(page.locator(".facts").first).to_contain_text("colournavy")
+    page.get_by_label("Filter").fill("color = navy")
+    page.get_by_role("button", name="Apply").click()
+    alert = page.get_by_role("alert")
+    expect(alert).to_have_text("no column 'color' to filter by; did you mean 'colour'?")
+    expect(page.get_by_label("Filter")).to_have_attribute("aria-invalid", "true")
+    page.get_by_label("Filter").fill("price > 1000")
+    page.get_by_label("Filter").press("Enter")
+    expect(page.locator("#status")).to_have_text("No image fulfils the filter")
+    expect(alert).to_have_count(0)
+
+
+def test_a_chosen_picture_is_searched_for(open_page, service):
+    page = open_page()
+    picture = {"name": "mine.jpg", "mimeType": "image/jpeg", "buffer": make_image(3)}
+    page.locator("#file").set_input_files(picture)
+    expect(page.locator("#query-title")).to_have_text("mine.jpg")
+    expect(page.locator("#status")).to_contain_text("24 neighbours")
+    expect(page.locator("#classes li")).to_have_count(5)
+    expected = find_keys(page)
+    page.locator(".pick").first.click()
+    expect(page.locator("#query-title")).not_to_have_text("mine.jpg")
+    page.go_back()
+    expect(page.locator("#query-title")).to_have_text("mine.jpg")
+    assert find_keys(page) == expected
+
+
+@pytest.mark.parametrize(
+    ("event", "transfer"), [("paste", "clipboardData"), ("drop", "dataTransfer")]
+)
+def test_a_picture_can_be_pasted_and_dropped(open_page, event, transfer):
+    page = open_page()
+    expect(page.locator(".card")).to_have_count(24)
+    page.evaluate(
+        """([event, transfer, text]) => {
+            const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+            const data = new DataTransfer();
+            data.items.add(new File([bytes], "given.png", { type: "image/png" }));
+            const kind = event === "paste" ? ClipboardEvent : DragEvent;
+            const made = new kind(event, { [transfer]: data, bubbles: true, cancelable: true });
+            document.body.dispatchEvent(made);
+        }""",
+        [event, transfer, base64.b64encode(make_image(5, format="PNG")).decode()],
+    )
+    expect(page.locator("#query-title")).to_have_text("given.png")
+    expect(page.locator("#status")).to_contain_text("24 neighbours")
+
+
+def test_a_broken_picture_says_so_and_the_page_goes_on(open_page):
+    page = open_page()
+    broken = {"name": "broken.jpg", "mimeType": "image/jpeg", "buffer": b"not a picture"}
+    page.locator("#file").set_input_files(broken)
+    expect(page.get_by_role("alert")).to_contain_text("the image is unsupported")
+    page.get_by_role("button", name="Random image").click()
+    expect(page.locator("#status")).to_contain_text("neighbours")
+    expect(page.get_by_role("alert")).to_have_count(0)
+
+
+def test_more_neighbours_come_on_demand(open_page, service):
+    page = open_page(f"/?key={KEY}&k=12")
+    expect(page.locator(".card")).to_have_count(12)
+    page.get_by_role("button", name="Show more").click()
+    expect(page.locator(".card")).to_have_count(24)
+    assert find_keys(page) == [n.key for n in service.index.neighbours_of(KEY, 24)]
+
+
+def test_everything_works_from_the_keyboard(open_page, service):
+    page = open_page(f"/?key={KEY}")
+    expect_neighbours(page, service)
+    page.keyboard.press("/")
+    expect(page.locator("#filter")).to_be_focused()
+    page.keyboard.press("Escape")
+    page.locator(".pick").first.focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator(".pick").nth(1)).to_be_focused()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowUp")
+    expect(page.locator(".pick").nth(1)).to_be_focused()
+    page.keyboard.press("i")
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_be_visible()
+    expect(dialog).to_contain_text(find_keys(page)[1])
+    page.keyboard.press("Escape")
+    expect(dialog).to_have_count(0)
+    key = find_keys(page)[1]
+    page.locator(".pick").nth(1).focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#query-title")).to_have_text(key.rsplit("/", 1)[1])
+    page.locator("body").press("r")
+    expect(page.locator("#query-title")).not_to_have_text(key.rsplit("/", 1)[1])
+
+
+def test_the_first_tab_skips_to_the_results(open_page):
+    page = open_page()
+    expect(page.locator(".card")).to_have_count(24)
+    page.keyboard.press("Tab")
+    expect(page.get_by_text("Skip to the results")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#main")).to_be_focused()
+
+
+def test_every_control_has_a_name_and_every_picture_a_text(open_page, service):
+    page = open_page(f"/?key={KEY}")
+    expect_neighbours(page, service)
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll("a, button, input, select, canvas, dialog")]
+            .filter((e) => !(e.getAttribute("aria-label") || e.textContent.trim()
+                || e.labels?.length || e.getAttribute("aria-labelledby")))
+            .map((e) => e.outerHTML)"""
+    )
+    assert nameless == []
+    assert page.evaluate("[...document.images].every((i) => i.hasAttribute('alt'))")
+    for role, name in (("main", None), ("navigation", "Views"), ("search", "Options")):
+        expect(page.get_by_role(role, name=name)).to_have_count(1)
+    assert page.evaluate("document.documentElement.lang") == "en"
+
+
+def test_details_show_the_picture_all_metadata_and_the_way_on(open_page, service):
+    page = open_page(f"/?key={KEY}")
+    expect_neighbours(page, service)
+    key = find_keys(page)[0]
+    page.get_by_role("button", name=f"Details of {key.rsplit('/', 1)[1]}").click()
+    dialog = page.get_by_role("dialog", name=key)
+    for name in ("colour", "price", "cls", "size"):
+        expect(dialog.locator("dt", has_text=name)).to_have_count(1)
+    original = dialog.get_by_role("link", name="Open the original").get_attribute("href")
+    assert original == f"v1/items/{key}/image?size=original"
+    dialog.get_by_role("link", name="Search from it").click()
+    expect(page.locator("#query-title")).to_have_text(key.rsplit("/", 1)[1])
+    expect_neighbours(page, service, key)
+
+
+def test_the_map_shows_the_collection_and_searches_from_a_point(open_page, service):
+    page = open_page()
+    expect(page.locator(".card")).to_have_count(24)
+    page.get_by_role("link", name="Map").click()
+    canvas = page.locator("#map")
+    expect(page.locator("#map-text")).to_have_text("60 of 60 images")
+    wait_for(page, COUNT_COLOURS + " > 20")
+    page.get_by_role("button", name="Zoom in").click()
+    canvas.focus()
+    page.keyboard.press("+")
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#map-text")).to_contain_text("photos/000.tar/")
+    key = page.locator("#map-text").text_content()
+    page.keyboard.press("Enter")
+    expect(page.locator("#query-title")).to_have_text(key.rsplit("/", 1)[1])
+    expect_neighbours(page, service, key)
+    page.go_back()
+    expect(canvas).to_be_visible()
+
+
+COUNT_COLOURS = """(() => {
+    const canvas = document.getElementById("map");
+    const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+    const seen = new Set();
+    for (let i = 0; i < data.length; i += 4 * 97) seen.add(data.slice(i, i + 3).join());
+    return seen.size;
+})()"""
+
+
+def test_a_click_on_the_map_searches_from_the_nearest_image(open_page, service):
+    page = open_page("/?view=map")
+    expect(page.locator("#map-text")).to_have_text("60 of 60 images")
+    wait_for(page, COUNT_COLOURS + " > 20")
+    place = page.evaluate(
+        """() => {
+            const canvas = document.getElementById("map");
+            const { width, height } = canvas;
+            const { data } = canvas.getContext("2d").getImageData(0, 0, width, height);
+            for (let y = 60; y < height - 60; y += 3) for (let x = 60; x < width - 160; x += 3) {
+                const i = 4 * (y * width + x);
+                if (data[i + 3] && Math.max(data[i], data[i + 1], data[i + 2])
+                    - Math.min(data[i], data[i + 1], data[i + 2]) > 90) {
+                    const ratio = devicePixelRatio || 1;
+                    return { x: x / ratio, y: y / ratio };
+                }
+            }
+        }"""
+    )
+    page.locator("#map").click(position=place)
+    expect(page.locator("#status")).to_contain_text("neighbours")
+    assert "key=" in page.url
+    page.locator("#view-map").click()
+    page.mouse.wheel(0, -400)
+    expect(page.locator("#map")).to_be_visible()
+
+
+def test_on_a_phone_everything_fits_and_answers_to_touch(open_page, service):
+    page = open_page(name="phone", **PHONE)
+    expect(page.locator(".card")).to_have_count(24)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    small = page.evaluate(
+        """() => [...document.querySelectorAll(".button, .pick, input[type=text], select")]
+            .filter((e) => e.offsetParent && e.getBoundingClientRect().height < 40)
+            .map((e) => e.outerHTML)"""
+    )
+    assert small == []
+    page.locator(".pick").first.tap()
+    expect(page.locator("#status")).to_contain_text("24 neighbours")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.get_by_role("link", name="Map").tap()
+    expect(page.locator("#map")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def read_contrast(page: Page, selector: str) -> float:
+    """Return the contrast of an element's text with its ground, as WCAG defines it."""
+    return page.evaluate(
+        """(selector) => {
+            const colourOf = (element, name) => getComputedStyle(element)[name];
+            const bend = (v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+            const light = (text) => {
+                const [r, g, b] = text.match(/[\\d.]+/g).map((v) => bend(Number(v) / 255));
+                return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+            };
+            const element = document.querySelector(selector);
+            let ground = element;
+            while (colourOf(ground, "backgroundColor").endsWith(", 0)")) {
+                ground = ground.parentElement;
+            }
+            const pair = [colourOf(element, "color"), colourOf(ground, "backgroundColor")];
+            const [b, a] = pair.map(light).sort((x, y) => x - y);
+            return (a + 0.05) / (b + 0.05);
+        }""",
+        selector,
+    )
+
+
+def test_both_colour_schemes_are_readable_and_can_be_chosen(open_page):
+    page = open_page(f"/?key={KEY}")
+    expect(page.locator(".card").first).to_be_visible()
+    grounds = []
+    for theme in ("light", "dark"):
+        while page.locator("#theme").text_content() != f"Theme: {theme}":
+            page.locator("#theme").click()
+        grounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        for selector in ("#query-title", "#query-text", ".name", ".facts dt", "#status", "#choose"):
+            assert read_contrast(page, selector) >= 4.5, (theme, selector)
+    assert grounds[0] != grounds[1]
+    page.reload()
+    expect(page.locator("#theme")).to_have_text("Theme: dark")
+    page.locator("#theme").click()
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") in grounds
+
+
+def test_with_api_keys_the_page_asks_for_one_and_shows_pictures_with_it(
+    open_page, gallery: Gallery, tmp_path: Path
+):
+    file = tmp_path / "keys"
+    file.write_text("a-key-of-twenty-four-chars")
+    with run_service(gallery.open(), keys=read_api_keys(str(file))) as guarded:
+        page = open_page(f"/?key={KEY}", url=guarded.url)
+        dialog = page.get_by_role("dialog", name="An API key is needed")
+        dialog.get_by_label("API key").fill("a wrong one")
+        dialog.get_by_role("button", name="Go on").click()
+        expect(dialog.get_by_role("alert")).to_have_text("This key is not accepted.")
+        dialog.get_by_label("API key").fill("a-key-of-twenty-four-chars")
+        dialog.get_by_role("button", name="Go on").click()
+        expect(page.locator(".card")).to_have_count(24)
+        wait_for(page, "document.querySelector('.thumb img').naturalWidth > 100")
+        assert page.locator(".thumb img").first.get_attribute("src").startswith("blob:")
+
+
+def test_a_service_without_backbone_and_pictures_offers_neither(open_page, gallery):
+    with run_service(gallery.open(), read=None) as plain:
+        page = open_page(url=plain.url)
+        expect(page.locator(".thumb.empty")).to_have_count(24)
+        expect(page.locator("#choose")).to_be_hidden()
+        expect(page.locator("#query-text")).to_have_text("Start from an indexed image below.")
+        page.locator(".pick").first.click()
+        expect(page.locator("#status")).to_contain_text("24 neighbours")
+
+
+def test_a_new_generation_shows_without_a_reload(open_page, tmp_path):
+    gallery = Gallery(tmp_path)
+    gallery.add_shard(30)
+    gallery.build()
+    with run_service(gallery.open(), embedder=ColourEmbedder()) as running:
+        page = open_page(f"/?key={KEY}", url=running.url)
+        expect(page.locator("#freshness")).to_contain_text("images 30")
+        gallery.add_shard(12)
+        gallery.build()
+        assert running.index.refresh()
+        page.locator(".pick").first.click()
+        expect(page.locator("#freshness")).to_contain_text("images 42")
+
+
+def test_the_api_is_described_on_a_page_without_other_sites(open_page, service):
+    page = open_page("/docs")
+    expect(page.locator(".block h3", has_text="/v1/search/batch")).to_have_count(1)
+    page.locator("summary").first.click()
+    expect(page.get_by_role("link", name="ProblemBody").first).to_be_visible()
+    expect(page.locator("#SearchOptions")).to_contain_text("score_threshold")
+
+
+def test_no_asset_names_another_site():
+    folder = Path(__file__).parents[2] / "pipeline/service/page"
+    files = sorted(folder.iterdir())
+    assert {file.name for file in files} == {name for name, _ in ASSETS.values()}
+    for file in files:
+        text = file.read_text().replace("http://www.w3.org/2000/svg", "")
+        assert "http:" not in text
+        assert "https:" not in text
+        assert "style=" not in text
+        assert " onclick=" not in text
