@@ -1043,6 +1043,22 @@ def test_passing_faults_of_a_file_system_are_tried_again(tmp_path: Path) -> None
     assert faults.retry(call, action="read", uri="x", attempts=3) == "done"
 
 
+def test_a_final_error_keeps_its_cause_and_is_never_its_own() -> None:
+    first = StorageError("no")
+
+    def fail() -> None:
+        raise first
+
+    with pytest.raises(StorageError) as raised:
+        faults.retry(fail, action="read", uri="x", attempts=2)
+    assert raised.value is first
+    assert first.__cause__ is None
+    with pytest.raises(ObjectMissingError) as missing:
+        Storage().read("/nowhere/x")
+    assert isinstance(missing.value.__cause__, FileNotFoundError)
+    assert str(pickle.loads(pickle.dumps(missing.value))) == str(missing.value)
+
+
 def test_no_attempts_at_all_are_refused() -> None:
     with pytest.raises(StorageError, match="storage_attempts is 0; use at least 1"):
         Storage(StorageOptions(storage_attempts=0)).read("/x")

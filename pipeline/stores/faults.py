@@ -94,22 +94,24 @@ def retry(call: Callable[[], T], *, action: str, uri: str, attempts: int) -> T:
             return call()
         except Exception as error:
             fault = translate(error, action=action, uri=uri)
-            if fault is None:
+            if fault is None or (fault is error and not isinstance(fault, RetryError)):
                 raise
             if not isinstance(fault, RetryError):
                 raise fault from error
-            if attempt >= attempts:
-                raise StorageError(
-                    f"cannot {action} {uri!r}: failed {attempts} times, the last time with: "
-                    f"{fault}; check the store and the network, or raise storage_attempts"
-                ) from error
-            wait_s = _choose_wait(attempt)
-            _log.warning(
-                "storage retry action=%s uri=%s attempt=%d/%d wait_s=%.2f error=%s",
-                *(action, uri, attempt, attempts, wait_s, fault),
-            )
+            if attempt == attempts:
+                raise _give_up(fault, action=action, uri=uri, attempts=attempts) from error
+        wait_s = _choose_wait(attempt)
+        values = (action, uri, attempt, attempts, wait_s, fault)
+        _log.warning("storage retry action=%s uri=%s attempt=%d/%d wait_s=%.2f error=%s", *values)
         time.sleep(wait_s)
     raise StorageError(f"cannot {action} {uri!r}: storage_attempts is {attempts}; use at least 1")
+
+
+def _give_up(fault: RetryError, *, action: str, uri: str, attempts: int) -> StorageError:
+    return StorageError(
+        f"cannot {action} {uri!r}: failed {attempts} times, the last time with: {fault}; "
+        "check the store and the network, or raise storage_attempts"
+    )
 
 
 def is_passing(error: BaseException) -> bool:
