@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,13 +26,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[S3Server]:
-    """A real S3 server: Swift, or moto's where Swift cannot be installed, with a warning."""
+def s3_server(request: pytest.FixtureRequest) -> Iterator[S3Server]:
+    """A real S3 server: Swift, or moto's where Swift cannot be installed, and says so."""
     with ExitStack() as stack:
         try:
             server = stack.enter_context(run_swift())
         except RuntimeError as error:
-            warnings.warn(f"moto stands in for Swift: {error}", stacklevel=1)
+            writer = request.config.get_terminal_writer()
+            writer.line(f"\nmoto stands in for Swift: {error}", yellow=True)
             server = stack.enter_context(run_moto(note=str(error)))
         yield server
 
