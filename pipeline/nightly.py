@@ -9,8 +9,11 @@ from pipeline.config import IndexConfig, NightlyConfig
 from pipeline.errors import AbortError, SettingsError
 from pipeline.index.build import IndexReport, build_index
 from pipeline.lease import Lease
+from pipeline.parts import list_commits
 from pipeline.report import LOG, EmbedReport
+from pipeline.report_page import render_report, sample_failures
 from pipeline.run import embed
+from pipeline.showcase import describe_index
 from pipeline.storage import Storage, join_uri, normalise_uri
 
 
@@ -133,6 +136,8 @@ def _write(config: NightlyConfig, report: NightlyReport, *, storage: Storage) ->
     runs = join_uri(report.embed.output, "runs")
     data = json.dumps(report.to_dict(), indent=2, ensure_ascii=False).encode()
     storage.put(join_uri(runs, "latest.json"), data)
+    page = _render_page(config, report.embed, storage)
+    storage.put(join_uri(runs, f"{report.embed.run_id}.html"), page.encode())
     if config.nightly.metrics_file is not None:
         target = normalise_uri(config.nightly.metrics_file)
         storage.put(target, report.freshness.to_prometheus().encode())
@@ -142,6 +147,15 @@ def _write(config: NightlyConfig, report: NightlyReport, *, storage: Storage) ->
         report.freshness.indexed_rows,
         report.index.action,
     )
+
+
+def _render_page(config: NightlyConfig, embedded: EmbedReport, storage: Storage) -> str:
+    """Return the run's page, now with the index it led to."""
+    commits = list_commits(embedded.output, storage).values()
+    own = [commit for commit in commits if commit.run_id == embedded.run_id]
+    failures = sample_failures(embedded.output, own, storage)
+    index = describe_index(config.index)
+    return render_report(embedded.to_dict(), failures=failures, index=index)
 
 
 def _check_age(config: NightlyConfig, report: NightlyReport) -> None:

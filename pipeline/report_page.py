@@ -13,7 +13,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import PipelineError
-from pipeline.parts import read_output_info
 from pipeline.readers import read_record_bytes
 from pipeline.records import Commit
 from pipeline.storage import Storage, join_uri
@@ -135,9 +134,6 @@ def sample_failures(
 def _iterate_failures(
     output: str, commits: Sequence[Commit], storage: Storage
 ) -> Iterator[dict[str, Any]]:
-    info = read_output_info(output, storage)
-    if info is None:
-        return
     columns = ["key", "shard", "row", "status", "error", "offset", "nbytes"]
     for commit in commits:
         for part in commit.parts:
