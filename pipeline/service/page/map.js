@@ -18,8 +18,8 @@ export class MapView {
     this.pick = pick;
     this.describe = describe;
     this.points = { keys: [], x: [], y: [] };
-    this.indexOf = new Map();
     this.thumbs = new Map();
+    this.shown = [];
     this.loading = 0;
     this.marked = new Set();
     this.origin = null;
@@ -30,7 +30,6 @@ export class MapView {
 
   setPoints(points) {
     this.points = points;
-    this.indexOf = new Map(points.keys.map((key, i) => [key, i]));
     this.fit();
   }
 
@@ -80,12 +79,17 @@ export class MapView {
     this.draw();
   }
 
+  // The image under a place: the topmost thumbnail there, else the nearest point.
   nearest(px, py, within = PICK_PX) {
+    const shown = this.shown.findLast(
+      ({ x, y, w, h }) => Math.abs(px - x) <= w / 2 && Math.abs(py - y) <= h / 2,
+    );
+    if (shown) return shown.key;
     let best = null;
     let bestDistance = within;
     for (let i = 0; i < this.points.keys.length; i++) {
       const [sx, sy] = this.toScreen(i);
-      const distance = Math.hypot(sx - px, sy - py) - (this.shown?.has(i) ? 8 : 0);
+      const distance = Math.hypot(sx - px, sy - py);
       if (distance < bestDistance) [best, bestDistance] = [i, distance];
     }
     return best === null ? null : this.points.keys[best];
@@ -150,7 +154,7 @@ export class MapView {
     // One thumbnail a cell; cells belong to the map, not to the screen, so panning keeps them.
     const cell = CELL_PX / (this.side * 2 ** Math.floor(Math.log2(this.zoom)));
     const taken = new Set();
-    this.shown = new Set();
+    this.shown = [];
     const special = ([i]) => this.points.keys[i] === this.origin || this.marked.has(this.points.keys[i]);
     const ordered = [...visible.filter(special), ...visible.filter((entry) => !special(entry))];
     const chosen = ordered.filter((entry) => {
@@ -165,13 +169,12 @@ export class MapView {
     for (const [i, x, y] of chosen.reverse()) {
       const key = this.points.keys[i];
       const image = this.findThumb(key, px);
-      if (image) this.shown.add(i);
       const ring = key === this.origin ? 4 : this.marked.has(key) ? 2.5 : 0;
-      this.paintThumb(image, { x, y, px, ring, card, accent });
+      this.paintThumb(key, image, { x, y, px, ring, card, accent });
     }
   }
 
-  paintThumb(image, { x, y, px, ring, card, accent }) {
+  paintThumb(key, image, { x, y, px, ring, card, accent }) {
     const { context } = this;
     if (!image) {
       if (ring) {
@@ -185,6 +188,7 @@ export class MapView {
     const size = px / Math.max(image.width, image.height);
     const [w, h] = [image.width * size, image.height * size];
     const border = ring || 1.5;
+    this.shown.push({ key, x, y, w, h });
     context.fillStyle = ring ? accent : card;
     context.beginPath();
     context.roundRect(x - w / 2 - border, y - h / 2 - border, w + 2 * border, h + 2 * border, 5);
