@@ -200,7 +200,7 @@ def _draw_throughput(timeline: Sequence[Sequence[float]]) -> dict[str, Any] | No
 
 def _draw_index(index: IndexSection) -> dict[str, Any]:
     values = asdict(index) | {"curve": None}
-    if index.curve:
+    if len(index.curve) > 1:
         curve = sorted(index.curve)
         low = max(0.0, min(recall for _, recall, _ in curve) - 0.02)
         span = max(1e-9, curve[-1][0] - curve[0][0])
