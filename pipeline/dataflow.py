@@ -12,9 +12,10 @@ import pickle
 import sys
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,15 @@ from ray.data.datasource import Datasource, ReadTask
 from pipeline.config import EmbedConfig, parse_size
 from pipeline.containers.found import ReadOptions
 from pipeline.embedder import Embedder, EmbedderOptions
-from pipeline.errors import AccessError, SettingsError, StorageError
+from pipeline.errors import SettingsError
 from pipeline.images import ImageLimits
+from pipeline.loads import LOAD_SCHEMA, Load, group_shards, read_loads, unpack_loads
 from pipeline.metrics import ActorMetrics, LoadSample
 from pipeline.parts import OutputInfo, build_part, write_part
-from pipeline.readers import read_chunks
 from pipeline.records import Chunk, PartInfo, Record, Shard, count_statuses
 from pipeline.storage import Storage, join_uri
 
 _READ_CPUS = 0.05
-_TASK_BYTES = 256 * 2**20
-_LOAD_COLUMN_HEADER = "header"
-_LOAD_COLUMN_IMAGES = "images"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +182,11 @@ def run_flow(
     """
     _configure_data()
     groups = group_shards(shards, num_groups=4 * resources.actors)
-    source = _ShardDatasource(groups, settings)
     dataset = ray.data.read_datasource(
-        source, override_num_blocks=len(groups), num_cpus=_READ_CPUS
+        _ShardDatasource(groups, settings),
+        override_num_blocks=len(groups),
+        num_cpus=_READ_CPUS,
+        concurrency=_count_readers(resources),
     ).map_batches(
         _EmbedActor,
         fn_constructor_kwargs={"settings": settings, "threads": _count_threads(resources)},
@@ -227,6 +227,11 @@ def _configure_data() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
+def _count_readers(resources: Resources) -> int:
+    """Return how many shards to stream at once; each stream gives some 1,000 images a second."""
+    return 4 * resources.actors if resources.gpus else max(2, resources.actors // 4)
+
+
 def _count_threads(resources: Resources) -> int:
     return max(1, round(resources.cpus))
 
@@ -247,25 +252,6 @@ def _choose_pool(resources: Resources) -> ray.data.ActorPoolStrategy:
     )
 
 
-def group_shards(shards: Sequence[Shard], *, num_groups: int) -> list[list[Shard]]:
-    """Deal shards out to read tasks: a large one alone, many small ones together.
-
-    Keeps the order. Groups hold at most 256 MiB, and less where that would leave fewer than
-    ``num_groups`` of them.
-    """
-    total = sum(shard.size_bytes for shard in shards)
-    most = min(_TASK_BYTES, max(1, total // max(1, num_groups)))
-    groups: list[list[Shard]] = []
-    size = most
-    for shard in shards:
-        if size + shard.size_bytes > most:
-            groups.append([])
-            size = 0
-        groups[-1].append(shard)
-        size += shard.size_bytes
-    return groups
-
-
 class _ShardDatasource(Datasource):  # type: ignore[misc]
     """One read task per group of shards."""
 
@@ -281,86 +267,12 @@ class _ShardDatasource(Datasource):  # type: ignore[misc]
         return [self._make_task(group) for group in self._groups]
 
     def _make_task(self, group: Sequence[Shard]) -> ReadTask:
-        settings = self._settings
         size = sum(shard.size_bytes for shard in group)
         metadata = BlockMetadata(num_rows=None, size_bytes=size, input_files=None, exec_stats=None)
-        return ReadTask(lambda: read_loads(group, settings), metadata, _LOAD_SCHEMA)
-
-
-_LOAD_SCHEMA = pa.schema(
-    [
-        pa.field(_LOAD_COLUMN_HEADER, pa.binary()),
-        pa.field(_LOAD_COLUMN_IMAGES, pa.list_(pa.large_binary())),
-    ]
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _Failed:
-    """A shard that storage would not give; travels in place of its chunks."""
-
-    shard_id: str
-    error: str
-
-
-def read_loads(shards: Iterable[Shard], settings: FlowSettings) -> Iterator[pa.Table]:
-    """Read shards as loads: chunks of small shards travel together, up to a chunk's bounds."""
-    load: list[tuple[Shard, Chunk] | _Failed] = []
-    num_images = nbytes = 0
-    for item in _read_shards(shards, settings):
-        records = [] if isinstance(item, _Failed) else item[1].records
-        size = sum(len(record.data) for record in records)
-        full = num_images + len(records) > settings.read.chunk_images
-        if load and (full or nbytes + size > settings.read.chunk_bytes):
-            yield _pack_load(load)
-            load, num_images, nbytes = [], 0, 0
-        load.append(item)
-        num_images += len(records)
-        nbytes += size
-    if load:
-        yield _pack_load(load)
-
-
-def _read_shards(
-    shards: Iterable[Shard], settings: FlowSettings
-) -> Iterator[tuple[Shard, Chunk] | _Failed]:
-    for shard in shards:
-        try:
-            for chunk in read_chunks(shard, storage=settings.storage, options=settings.read):
-                yield shard, chunk
-        except AccessError:
-            raise  # no other shard will fare better
-        except StorageError as error:
-            yield _Failed(shard.id, str(error))
-
-
-def _pack_load(load: Sequence[tuple[Shard, Chunk] | _Failed]) -> pa.Table:
-    """Return a table of one row: the chunks without their image bytes, and the bytes."""
-    headers: list[Any] = []
-    images: list[bytes] = []
-    for item in load:
-        if isinstance(item, _Failed):
-            headers.append(item)
-            continue
-        shard, chunk = item
-        images += [record.data for record in chunk.records]
-        bare = [replace(record, data=b"") for record in chunk.records]
-        headers.append((replace(shard, members=()), replace(chunk, records=bare)))
-    columns = [pa.array([pickle.dumps(headers)], pa.binary())]
-    columns.append(pa.array([images], pa.list_(pa.large_binary())))
-    return pa.table(columns, schema=_LOAD_SCHEMA)
-
-
-def _unpack_load(header: bytes, images: Iterator[bytes]) -> list[tuple[Shard, Chunk] | _Failed]:
-    load: list[tuple[Shard, Chunk] | _Failed] = []
-    for item in pickle.loads(header):
-        if isinstance(item, _Failed):
-            load.append(item)
-            continue
-        shard, chunk = item
-        records = [replace(record, data=next(images)) for record in chunk.records]
-        load.append((shard, replace(chunk, records=records)))
-    return load
+        # nothing of this module is named: a process that reads need not import torch
+        storage, options = self._settings.storage, self._settings.read
+        read = partial(read_loads, group, storage=storage, options=options)
+        return ReadTask(read, metadata, LOAD_SCHEMA)
 
 
 def _make_embedder(settings: FlowSettings, threads: int) -> Embedder:
@@ -383,10 +295,8 @@ class _EmbedActor:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         receipts: list[Receipt] = []
-        images = batch.column(_LOAD_COLUMN_IMAGES)
-        for i, header in enumerate(batch.column(_LOAD_COLUMN_HEADER).to_pylist()):
-            values = (value.as_py() for value in images[i].values)
-            receipts += self._record(list(self._embed_load(_unpack_load(header, values))))
+        for load in unpack_loads(batch):
+            receipts += self._record(list(self._embed_load(load)))
         return pa.table({"receipt": pa.array(map(pickle.dumps, receipts), pa.binary())})
 
     def _record(self, receipts: list[Receipt]) -> list[Receipt]:
@@ -405,15 +315,13 @@ class _EmbedActor:
         )
         return receipts
 
-    def _embed_load(self, load: Sequence[tuple[Shard, Chunk] | _Failed]) -> Iterator[Receipt]:
-        items = [item for item in load if not isinstance(item, _Failed)]
-        for item in load:
-            if isinstance(item, _Failed):
-                yield Receipt(item.shard_id, -1, True, error=item.error)
-        records = [record for _, chunk in items for record in chunk.records]
-        outcome = self._embedder.embed(records)
+    def _embed_load(self, load: Load) -> Iterator[Receipt]:
+        for failed in load.failed:
+            yield Receipt(failed.shard_id, -1, True, error=failed.error)
+        outcome = self._embedder.embed([r for _, chunk in load.chunks for r in chunk.records])
+        outcome = replace(outcome, seconds={"read": load.read_s} | outcome.seconds)
         embeddings = iter(outcome.embeddings)
-        for shard, chunk in items:
+        for shard, chunk in load.chunks:
             own = [next(embeddings) for _ in chunk.records]
             start_s = time.perf_counter()
             part = self._write(shard, chunk, own)

@@ -1,0 +1,137 @@
+"""What travels from read tasks to embedders: loads, rows with the encoded images of some chunks.
+
+Read tasks run this and nothing heavier: every process that reads would pay for an import of torch
+in seconds and in hundreds of megabytes.
+"""
+
+import pickle
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.containers.found import ReadOptions
+from pipeline.errors import AccessError, StorageError
+from pipeline.readers import read_chunks
+from pipeline.records import Chunk, Shard
+from pipeline.storage import Storage
+
+_TASK_BYTES = 256 * 2**20
+
+LOAD_SCHEMA = pa.schema(
+    [
+        pa.field("header", pa.binary()),
+        pa.field("images", pa.list_(pa.large_binary())),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FailedShard:
+    """A shard that storage would not give; travels in place of its chunks."""
+
+    shard_id: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Chunks that travel together, up to the bounds of one chunk.
+
+    Attributes:
+        chunks: Each with its shard, whose members stay behind.
+        failed: Shards that could not be read.
+        read_s: Time that a read task spent on it.
+    """
+
+    chunks: Sequence[tuple[Shard, Chunk]]
+    failed: Sequence[FailedShard] = ()
+    read_s: float = 0.0
+
+
+def group_shards(shards: Sequence[Shard], *, num_groups: int) -> list[list[Shard]]:
+    """Deal shards out to read tasks: a large one alone, many small ones together.
+
+    Keeps the order. Groups hold at most 256 MiB, and less where that would leave fewer than
+    ``num_groups`` of them.
+    """
+    total = sum(shard.size_bytes for shard in shards)
+    most = min(_TASK_BYTES, max(1, total // max(1, num_groups)))
+    groups: list[list[Shard]] = []
+    size = most
+    for shard in shards:
+        if size + shard.size_bytes > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(shard)
+        size += shard.size_bytes
+    return groups
+
+
+def read_loads(
+    shards: Iterable[Shard], *, storage: Storage, options: ReadOptions
+) -> Iterator[pa.Table]:
+    """Read shards as loads, tables of one row: chunks of small shards travel together.
+
+    Raises:
+        AccessError: A shard may not be read; no other will fare better.
+    """
+    items: list[tuple[Shard, Chunk] | FailedShard] = []
+    num_images = nbytes = 0
+    start_s = time.perf_counter()
+    for item in _read_shards(shards, storage, options):
+        records = [] if isinstance(item, FailedShard) else item[1].records
+        size = sum(len(record.data) for record in records)
+        full = num_images + len(records) > options.chunk_images
+        if items and (full or nbytes + size > options.chunk_bytes):
+            yield _pack_load(items, time.perf_counter() - start_s)
+            items, num_images, nbytes, start_s = [], 0, 0, time.perf_counter()
+        items.append(item)
+        num_images += len(records)
+        nbytes += size
+    if items:
+        yield _pack_load(items, time.perf_counter() - start_s)
+
+
+def _read_shards(
+    shards: Iterable[Shard], storage: Storage, options: ReadOptions
+) -> Iterator[tuple[Shard, Chunk] | FailedShard]:
+    for shard in shards:
+        try:
+            for chunk in read_chunks(shard, storage=storage, options=options):
+                yield shard, chunk
+        except AccessError:
+            raise
+        except StorageError as error:
+            yield FailedShard(shard.id, str(error))
+
+
+def _pack_load(items: Sequence[tuple[Shard, Chunk] | FailedShard], read_s: float) -> pa.Table:
+    """Return a table of one row: the chunks without their image bytes, and the bytes."""
+    chunks = [item for item in items if not isinstance(item, FailedShard)]
+    failed = [item for item in items if isinstance(item, FailedShard)]
+    images = [record.data for _, chunk in chunks for record in chunk.records]
+    bare = [(replace(shard, members=()), _strip(chunk)) for shard, chunk in chunks]
+    header = pickle.dumps(Load(bare, failed, read_s))
+    columns = [pa.array([header], pa.binary()), pa.array([images], LOAD_SCHEMA.field(1).type)]
+    return pa.table(columns, schema=LOAD_SCHEMA)
+
+
+def _strip(chunk: Chunk) -> Chunk:
+    return replace(chunk, records=[replace(record, data=b"") for record in chunk.records])
+
+
+def unpack_loads(table: pa.Table) -> Iterator[Load]:
+    """Yield the loads of a table, with the image bytes back in their records."""
+    images: Any = table.column("images")
+    for row, header in enumerate(table.column("header").to_pylist()):
+        load: Load = pickle.loads(header)
+        values = (value.as_py() for value in images[row].values)
+        chunks = [(shard, _fill(chunk, values)) for shard, chunk in load.chunks]
+        yield replace(load, chunks=chunks)
+
+
+def _fill(chunk: Chunk, values: Iterator[bytes]) -> Chunk:
+    return replace(chunk, records=[replace(r, data=next(values)) for r in chunk.records])
