@@ -12,8 +12,8 @@ import pickle
 import sys
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,15 +29,20 @@ from ray.data.datasource import Datasource, ReadTask
 from pipeline.config import EmbedConfig, parse_size
 from pipeline.containers.found import ReadOptions
 from pipeline.embedder import Embedder, EmbedderOptions
-from pipeline.errors import SettingsError
+from pipeline.errors import AbortError, AccessError, ClusterError, SettingsError, StorageError
 from pipeline.images import ImageLimits
-from pipeline.loads import LOAD_SCHEMA, Load, group_shards, read_loads, unpack_loads
+from pipeline.loads import LOAD_SCHEMA, FailedShard, Load, group_shards, read_loads, unpack_loads
 from pipeline.metrics import ActorMetrics, LoadSample
 from pipeline.parts import OutputInfo, build_part, write_part
 from pipeline.records import Chunk, PartInfo, Record, Shard, count_statuses
+from pipeline.resources import Resources, fit_actors
 from pipeline.storage import Storage, join_uri
 
 _READ_CPUS = 0.05
+_WRITE_ROUNDS = 3
+"""How often a part is written, with all of storage's attempts each time: embedding costs more."""
+_LOAD_RETRIES = 8
+"""How often a load is embedded again when its actor dies; one that kills each actor must end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,8 @@ class Receipt:
         seconds: Time by stage.
         notes: The reader's counts, on the last chunk.
         error: Why the shard could not be read; it stays uncommitted.
+        fatal: Why the whole run has to stop. Sent rather than raised: what a worker raises, Ray
+            wraps in exceptions of its own.
         batch_size: The embedder's batch size by then.
     """
 
@@ -66,6 +73,7 @@ class Receipt:
     seconds: dict[str, float] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
     error: str | None = None
+    fatal: AbortError | None = None
     batch_size: int = 0
 
 
@@ -90,21 +98,6 @@ class FlowSettings:
     storage: Storage
     read: ReadOptions
     embedder: EmbedderOptions
-
-
-@dataclass(frozen=True, slots=True)
-class Resources:
-    """What the run's actors are given.
-
-    Attributes:
-        actors: Number of embedder actors.
-        cpus: CPU cores of each.
-        gpus: GPUs of each; 0 embeds on the CPU.
-    """
-
-    actors: int
-    cpus: float
-    gpus: float
 
 
 @contextmanager
@@ -153,23 +146,29 @@ def _mute_stderr() -> Iterator[None]:
 
 
 def choose_resources(config: EmbedConfig) -> Resources:
-    """Return the actors that fit the cluster: one per GPU, otherwise one per CPU core.
+    """Return the actors that fit the cluster as it is now; see ``fit_resources``."""
+    return fit_resources(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
-    Read tasks need a share of the cores as well, or nothing would ever be read: an actor is
-    given slightly less than its cores, in Ray's books only.
+
+def fit_resources(config: EmbedConfig, nodes: Sequence[Mapping[str, float]]) -> Resources:
+    """Return the actors that fit these nodes: one per GPU, otherwise one per CPU core.
+
+    An actor lives on one node, so what a GPU node has in cores per GPU bounds it, however many
+    cores other nodes have.
     """
-    have = ray.cluster_resources()
-    cpus, gpus = have.get("CPU", 1.0), have.get("GPU", 0.0)
+    gpus = sum(node.get("GPU", 0.0) for node in nodes)
     gpus_each = config.gpus_per_actor
     if gpus_each is None:
         gpus_each = 1.0 if gpus else 0.0
     if gpus_each:
+        shares = [n.get("CPU", 0.0) * gpus_each / n["GPU"] for n in nodes if n.get("GPU")]
         actors = config.actors or max(1, int(gpus / gpus_each))
-        cpus_each = config.cpus_per_actor or max(1.0, cpus / actors)
-    else:
-        cpus_each = config.cpus_per_actor or 1.0
-        actors = config.actors or max(1, int(cpus / cpus_each))
-    return Resources(actors, cpus_each, gpus_each)
+        return Resources(
+            actors, config.cpus_per_actor or max(1.0, min(shares, default=1.0)), gpus_each
+        )
+    cpus_each = config.cpus_per_actor or 1.0
+    room = sum(int(node.get("CPU", 0.0) / cpus_each) for node in nodes)
+    return Resources(config.actors or max(1, room), cpus_each, 0.0)
 
 
 def run_flow(
@@ -180,26 +179,56 @@ def run_flow(
     A receipt may come twice, after a fault; the part behind it has the same rows then. Closing
     the iterator stops the run.
     """
-    _configure_data()
+    with _explaining_faults():
+        for batch in _build_flow(shards, settings, resources):
+            for data in batch.column("receipt").to_pylist():
+                receipt: Receipt = pickle.loads(data)
+                if receipt.fatal is not None:
+                    raise receipt.fatal
+                yield receipt
+
+
+def _build_flow(
+    shards: Sequence[Shard], settings: FlowSettings, resources: Resources
+) -> Iterable[pa.Table]:
     groups = group_shards(shards, num_groups=4 * resources.actors)
-    dataset = ray.data.read_datasource(
-        _ShardDatasource(groups, settings),
-        override_num_blocks=len(groups),
-        num_cpus=_READ_CPUS,
-        concurrency=_count_readers(resources),
-    ).map_batches(
-        _EmbedActor,
-        fn_constructor_kwargs={"settings": settings, "threads": _count_threads(resources)},
-        batch_size=None,
-        batch_format="pyarrow",
-        zero_copy_batch=True,
-        compute=_choose_pool(resources),
-        num_cpus=0.9 * resources.cpus,
-        num_gpus=resources.gpus or None,
+    with ray.data.DataContext.current(_make_context(resources)):
+        dataset = ray.data.read_datasource(
+            _ShardDatasource(groups, settings),
+            override_num_blocks=len(groups),
+            num_cpus=_READ_CPUS,
+            concurrency=_count_readers(resources),
+        ).map_batches(
+            _EmbedActor,
+            fn_constructor_kwargs={"settings": settings, "threads": _count_threads(resources)},
+            batch_size=None,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            compute=_choose_pool(resources),
+            # slightly less than its cores, in Ray's books only: reading needs a share of them
+            num_cpus=0.9 * resources.cpus,
+            num_gpus=resources.gpus or None,
+            max_task_retries=_LOAD_RETRIES,
+        )
+    batches: Iterable[pa.Table] = dataset.iter_batches(
+        batch_size=None, batch_format="pyarrow", prefetch_batches=0
     )
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        for data in batch.column("receipt").to_pylist():
-            yield pickle.loads(data)
+    return batches
+
+
+@contextmanager
+def _explaining_faults() -> Iterator[None]:
+    """Turn what Ray raises into the project's exceptions."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        if isinstance(cause := getattr(error, "cause", None), AbortError):
+            raise cause from None
+        words = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ClusterError(
+            f"Ray gave up ({type(error).__name__}): {words[-1] if words else error}; committed "
+            "shards stay: look for the cause above or in Ray's logs, then run again"
+        ) from error
 
 
 def time_sample(records: Sequence[Record], settings: FlowSettings, resources: Resources) -> float:
@@ -213,18 +242,21 @@ def time_sample(records: Sequence[Record], settings: FlowSettings, resources: Re
         embedder.embed(sample)
         return len(sample) / (time.perf_counter() - start_s)
 
-    return float(ray.get(embed_twice.remote(records)))
+    with _explaining_faults():
+        return float(ray.get(embed_twice.remote(records)))
 
 
-def _configure_data() -> None:
-    context = ray.data.DataContext.get_current()
+def _make_context(resources: Resources) -> ray.data.DataContext:
+    context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     # A load is a block of its own: one actor call, and nothing waits for a block to fill up.
     context.target_max_block_size = 1
     context.target_min_block_size = 1
-    context.actor_init_max_retries = 0
+    # Actors that are killed while they start are replaced, but not for ever.
+    context.max_consecutive_actor_init_deaths = 2 * resources.actors
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    return context
 
 
 def _count_readers(resources: Resources) -> int:
@@ -288,16 +320,28 @@ def _make_embedder(settings: FlowSettings, threads: int) -> Embedder:
 class _EmbedActor:
     """A process with an embedder; turns loads into parts and receipts."""
 
+    _embedder: Embedder
+
     def __init__(self, settings: FlowSettings, threads: int) -> None:
         self._settings = settings
-        self._embedder = _make_embedder(settings, threads)
+        self._failure: AbortError | None = None
+        try:
+            self._embedder = _make_embedder(settings, threads)
+        except AbortError as error:
+            self._failure = error
         self._metrics = ActorMetrics(settings.run_id)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        receipts: list[Receipt] = []
-        for load in unpack_loads(batch):
-            receipts += self._record(list(self._embed_load(load)))
+        receipts = [receipt for load in unpack_loads(batch) for receipt in self._try_load(load)]
         return pa.table({"receipt": pa.array(map(pickle.dumps, receipts), pa.binary())})
+
+    def _try_load(self, load: Load) -> list[Receipt]:
+        try:
+            if self._failure is not None:
+                raise self._failure
+            return self._record(list(self._embed_load(load)))
+        except AbortError as error:
+            return [Receipt("", -1, True, fatal=error)]
 
     def _record(self, receipts: list[Receipt]) -> list[Receipt]:
         seconds: Counter[str] = Counter()
@@ -317,7 +361,7 @@ class _EmbedActor:
 
     def _embed_load(self, load: Load) -> Iterator[Receipt]:
         for failed in load.failed:
-            yield Receipt(failed.shard_id, -1, True, error=failed.error)
+            yield _describe_failed(failed)
         outcome = self._embedder.embed([r for _, chunk in load.chunks for r in chunk.records])
         outcome = replace(outcome, seconds={"read": load.read_s} | outcome.seconds)
         embeddings = iter(outcome.embeddings)
@@ -344,7 +388,8 @@ class _EmbedActor:
             return None
         settings = self._settings
         table = build_part(chunk.records, embeddings, settings.info.schema)
-        return write_part(
+        write = partial(
+            write_part,
             settings.output,
             table,
             folder=shard.folder,
@@ -352,6 +397,18 @@ class _EmbedActor:
             space_id=settings.info.space.id,
             storage=settings.storage,
         )
+        for _ in range(_WRITE_ROUNDS - 1):
+            with suppress(StorageError):
+                return write()
+        return write()
+
+
+def _describe_failed(failed: FailedShard) -> Receipt:
+    """Storage may still give other shards; wrong settings or credentials concern them all."""
+    error = failed.error
+    if isinstance(error, StorageError) and not isinstance(error, AccessError):
+        return Receipt(failed.shard_id, -1, True, error=str(error))
+    return Receipt(failed.shard_id, -1, True, fatal=error)
 
 
 def make_flow_settings(
