@@ -12,7 +12,7 @@ import pickle
 import sys
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -146,29 +146,8 @@ def _mute_stderr() -> Iterator[None]:
 
 
 def choose_resources(config: EmbedConfig) -> Resources:
-    """Return the actors that fit the cluster as it is now; see ``fit_resources``."""
-    return fit_resources(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-
-
-def fit_resources(config: EmbedConfig, nodes: Sequence[Mapping[str, float]]) -> Resources:
-    """Return the actors that fit these nodes: one per GPU, otherwise one per CPU core.
-
-    An actor lives on one node, so what a GPU node has in cores per GPU bounds it, however many
-    cores other nodes have.
-    """
-    gpus = sum(node.get("GPU", 0.0) for node in nodes)
-    gpus_each = config.gpus_per_actor
-    if gpus_each is None:
-        gpus_each = 1.0 if gpus else 0.0
-    if gpus_each:
-        shares = [n.get("CPU", 0.0) * gpus_each / n["GPU"] for n in nodes if n.get("GPU")]
-        actors = config.actors or max(1, int(gpus / gpus_each))
-        return Resources(
-            actors, config.cpus_per_actor or max(1.0, min(shares, default=1.0)), gpus_each
-        )
-    cpus_each = config.cpus_per_actor or 1.0
-    room = sum(int(node.get("CPU", 0.0) / cpus_each) for node in nodes)
-    return Resources(config.actors or max(1, room), cpus_each, 0.0)
+    """Return the actors that fit the cluster as it is now; see ``resources.fit_actors``."""
+    return fit_actors(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
 
 def run_flow(

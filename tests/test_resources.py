@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.config import EmbedConfig
-from pipeline.dataflow import Resources, fit_resources
+from pipeline.resources import Resources, fit_actors
 
 GPU_NODE = {"CPU": 16.0, "GPU": 2.0}
 CPU_NODE = {"CPU": 64.0}
@@ -29,4 +29,4 @@ def make_config(**changes: object) -> EmbedConfig:
     ],
 )
 def test_actors_fit_the_nodes_they_live_on(nodes, changes, expected) -> None:
-    assert fit_resources(make_config(**changes), nodes) == expected
+    assert fit_actors(make_config(**changes), nodes) == expected
