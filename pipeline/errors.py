@@ -62,6 +62,10 @@ class LeaseError(AbortError):
     """Another live run holds the output."""
 
 
+class ClusterError(AbortError):
+    """Ray gave the run up: a process kept dying, or something failed that is no known fault."""
+
+
 class CorruptionError(AbortError):
     """Stored data does not match its recorded digest, count or schema."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.containers.found import ReadOptions
-from pipeline.errors import AccessError, StorageError
+from pipeline.errors import AbortError
 from pipeline.readers import read_chunks
 from pipeline.records import Chunk, Shard
 from pipeline.storage import Storage
@@ -30,10 +30,10 @@ LOAD_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class FailedShard:
-    """A shard that storage would not give; travels in place of its chunks."""
+    """A shard that could not be read; travels in place of its chunks."""
 
     shard_id: str
-    error: str
+    error: AbortError
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +73,7 @@ def group_shards(shards: Sequence[Shard], *, num_groups: int) -> list[list[Shard
 def read_loads(
     shards: Iterable[Shard], *, storage: Storage, options: ReadOptions
 ) -> Iterator[pa.Table]:
-    """Read shards as loads, tables of one row: chunks of small shards travel together.
-
-    Raises:
-        AccessError: A shard may not be read; no other will fare better.
-    """
+    """Read shards as loads, tables of one row: chunks of small shards travel together."""
     items: list[tuple[Shard, Chunk] | FailedShard] = []
     num_images = nbytes = 0
     start_s = time.perf_counter()
@@ -102,10 +98,8 @@ def _read_shards(
         try:
             for chunk in read_chunks(shard, storage=storage, options=options):
                 yield shard, chunk
-        except AccessError:
-            raise
-        except StorageError as error:
-            yield FailedShard(shard.id, str(error))
+        except AbortError as error:
+            yield FailedShard(shard.id, error)
 
 
 def _pack_load(items: Sequence[tuple[Shard, Chunk] | FailedShard], read_s: float) -> pa.Table:

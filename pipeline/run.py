@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pipeline import dataflow
 from pipeline.backbones import find_backbone
 from pipeline.config import EmbedConfig, parse_failure_limit
-from pipeline.dataflow import FlowSettings, Receipt, Resources
+from pipeline.dataflow import FlowSettings, Receipt
 from pipeline.errors import CorruptionError, SettingsError, StorageError
 from pipeline.estimate import DryRunReport, count_shards, estimate_run, list_again
 from pipeline.lease import Lease
@@ -33,6 +33,7 @@ from pipeline.parts import (
 from pipeline.records import Commit, PartInfo, Shard, count_statuses
 from pipeline.report import LOG, Counters, EmbedReport, ImageCounts, show_progress
 from pipeline.report_page import render_report, sample_failures
+from pipeline.resources import Resources
 from pipeline.shards import Listing, Plan, list_sources, plan_shards
 from pipeline.storage import Storage, join_uri, normalise_uri
 

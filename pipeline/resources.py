@@ -1,0 +1,57 @@
+"""What of a cluster the actors of a run are given."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.config import EmbedConfig
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What the run's actors are given.
+
+    Attributes:
+        actors: Number of embedder actors.
+        cpus: CPU cores of each.
+        gpus: GPUs of each; 0 embeds on the CPU.
+    """
+
+    actors: int
+    cpus: float
+    gpus: float
+
+
+def fit_actors(config: EmbedConfig, nodes: Sequence[Mapping[str, float]]) -> Resources:
+    """Return the actors that fit the nodes: one per GPU, otherwise one per CPU core.
+
+    An actor lives on one node, so each node is counted by itself, and the decode threads beside a
+    GPU are those that every node with GPUs can give.
+
+    Args:
+        config: Numbers set by the user go first.
+        nodes: What each node has, as Ray counts it: ``{"CPU": 8.0, "GPU": 1.0}``.
+    """
+    gpus = config.gpus_per_actor
+    if gpus is None:
+        gpus = 1.0 if any(node.get("GPU") for node in nodes) else 0.0
+    cpus = config.cpus_per_actor or 1.0
+    if gpus:
+        room = [_divide(node.get("GPU", 0.0), gpus) for node in nodes]
+        shares = [node.get("CPU", 0.0) / n for node, n in zip(nodes, room, strict=True) if n]
+        cpus = config.cpus_per_actor or max(1.0, min(shares, default=1.0))
+    else:
+        room = [_divide(node.get("CPU", 0.0), cpus) for node in nodes]
+    if not sum(room):
+        _log.warning(
+            "no node has room for an actor cpus=%g gpus=%g; waiting for the cluster to grow",
+            cpus,
+            gpus,
+        )
+    return Resources(config.actors or max(1, sum(room)), cpus, gpus)
+
+
+def _divide(have: float, each: float) -> int:
+    return int(have / each + 1e-6)
