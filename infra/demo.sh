@@ -42,7 +42,13 @@ mkdir -p "$OUT"
 
 say "embedding demo/shards with $MODEL"
 python jobs/embed.py --input demo/shards --output "$OUT/embeddings" --model "$MODEL" \
-  --weights "$WEIGHTS" --carry cls json >"$OUT/embed.json"
+  --weights "$WEIGHTS" --carry cls >"$OUT/embed.json"
+python - "$OUT/embed.json" <<'PY' >&2
+import json, sys
+report = json.load(open(sys.argv[1]))
+rows = ", ".join(f"{number} {status}" for status, number in report["rows"].items())
+print(f"rows: {rows}; embedded now: {report['images']['embedded']}, {report['seconds']:.0f} s")
+PY
 say "indexing"
 python jobs/index.py --embeddings "$OUT/embeddings" --index "$OUT/index" >"$OUT/index.json"
 KEY="${KEY:-pictures-00000.tar/zebra-000.jpg}"

@@ -4,7 +4,7 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${VENV:-$ROOT/.venv}"
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
-say() { printf '\033[1m%s\033[0m\n' "$*" >&2; }
+say() { if [ -t 2 ]; then printf '\033[1m%s\033[0m\n' "$*"; else printf '%s\n' "$*"; fi >&2; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
 # Prints the first interpreter that fits; `ensurepip` is missing where Debian split venv off.
@@ -21,19 +21,21 @@ find_python() {
     "python3.13, python3.11}; install one (Debian: apt install python3-venv) or set PYTHON=/path"
 }
 
-# prepare_venv EXTRAS: installs the project with these extras unless that has been done already.
+# prepare_venv EXTRAS: installs the project with these extras unless that has been done already;
+# `test` brings the others along.
 prepare_venv() {
-  local stamp="$VENV/.installed-$1" wanted python
+  local extras stamp wanted python
   wanted="$(cksum <"$ROOT/pyproject.toml") $ROOT"
-  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-    if [ ! -x "$VENV/bin/python" ]; then
-      python="$(find_python)" || exit 1
-      say "making ${VENV/#$ROOT\//} with $("$python" --version)"
-      "$python" -m venv "$VENV"
-    fi
-    say "installing the project with [$1] (PyTorch alone is some 5 GB the first time)"
-    "$VENV/bin/python" -m pip install -qq --editable "$ROOT[$1]"
-    printf '%s\n' "$wanted" >"$stamp"
-  fi
   export PATH="$VENV/bin:$PATH"
+  for extras in "$1" test; do
+    [ "$(cat "$VENV/.installed-$extras" 2>/dev/null)" != "$wanted" ] || return 0
+  done
+  if [ ! -x "$VENV/bin/python" ]; then
+    python="$(find_python)" || exit 1
+    say "making ${VENV/#$ROOT\//} with $("$python" --version)"
+    "$python" -m venv "$VENV"
+  fi
+  say "installing the project with [$1] (PyTorch alone is some 5 GB the first time)"
+  "$VENV/bin/python" -m pip install -qq --editable "$ROOT[$1]"
+  printf '%s\n' "$wanted" >"$VENV/.installed-$1"
 }
