@@ -1,9 +1,8 @@
 """The service as its settings describe it: index, backbone, limits, application."""
 
-import torch
+from typing import TYPE_CHECKING
 
 from pipeline.config import ServeConfig, parse_size
-from pipeline.embedder import Embedder, EmbedderOptions
 from pipeline.errors import SettingsError
 from pipeline.images import ImageLimits
 from pipeline.index.search import IndexInfo, Neighbour, SearchIndex
@@ -14,6 +13,9 @@ from pipeline.service.keys import ApiKeys, is_loopback, read_api_keys
 from pipeline.service.lookups import LookupLimits, Lookups, ReadImage
 from pipeline.service.metrics import Metrics
 from pipeline.storage import Storage
+
+if TYPE_CHECKING:
+    from pipeline.embedder import Embedder
 
 
 def build_app(config: ServeConfig) -> Asgi:
@@ -38,7 +40,7 @@ def build_app(config: ServeConfig) -> Asgi:
     return create_app(lookups, metrics, _make_access(config, keys))
 
 
-def open_embedder(config: ServeConfig, info: IndexInfo, storage: Storage) -> Embedder:
+def open_embedder(config: ServeConfig, info: IndexInfo, storage: Storage) -> "Embedder":
     """Load the backbone of the index's space.
 
     Raises:
@@ -51,6 +53,10 @@ def open_embedder(config: ServeConfig, info: IndexInfo, storage: Storage) -> Emb
             f"the index {info.uri} does not say where the weights of {info.space.backbone} are; "
             "pass --weights, or --no-image-queries to serve without image queries"
         )
+    import torch  # takes seconds, and a service without image queries needs none
+
+    from pipeline.embedder import Embedder, EmbedderOptions
+
     options = EmbedderOptions(
         device="cuda" if torch.cuda.is_available() else "cpu",
         limits=_make_image_limits(config),

@@ -12,7 +12,6 @@ from typing import Any
 import uvicorn
 
 from pipeline.config import ServeConfig
-from pipeline.service.assembly import build_app
 from pipeline.service.guard import Asgi
 from pipeline.service.keys import check_exposure, read_api_keys
 
@@ -65,6 +64,8 @@ def check_keys(config: ServeConfig) -> None:
 
 def serve_here(config: ServeConfig) -> ServeReport:
     """Answer lookups in this process until SIGINT or SIGTERM."""
+    from pipeline.service.assembly import build_app  # FAISS and Arrow take seconds to import
+
     started_s = time.monotonic()
     server = make_server(build_app(config), config)
     sock = server.config.bind_socket()

