@@ -134,6 +134,7 @@ class CodecInfo:
         id: Digest of its file.
         kind: Kind of index it encodes for.
         factory: FAISS factory string.
+        lists: Number of inverted lists; 0 for kinds without.
         file: The trained, empty index; None for kinds without training.
         trained_rows: Rows of the index when it was trained.
         imbalance: Imbalance of the lists then: 1 is even. None without lists.
@@ -143,6 +144,7 @@ class CodecInfo:
     id: str
     kind: str
     factory: str
+    lists: int = 0
     file: FileInfo | None = None
     trained_rows: int = 0
     imbalance: float | None = None
@@ -151,8 +153,7 @@ class CodecInfo:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CodecInfo":
         """Read ``asdict``."""
-        file = values.get("file")
-        return cls(**_pick(cls, values) | {"file": FileInfo(**file) if file else None})
+        return cls(**_pick(cls, values) | {"file": _parse_file(values.get("file"))})
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,12 +208,13 @@ class Manifest:
         tombstones: Deleted rows by segment id.
         search: Tuned search parameters.
         reason: Why this kind was chosen, in one line.
+        change: What became of the parent's rows, in one line.
         queries: Held-out queries and the floors of their exact neighbours; empty without rows.
         measured: Recall and latency of ``search`` on them.
         curve: The same for every setting that was tried.
         owners: The file that says which live shards own which rows.
         map: A sample of the rows in two dimensions, to look at; None where there is none.
-        skipped: Rows left out by reason.
+        skipped: Committed vectors that are not usable: zero, or not finite.
         faiss_version: The library that wrote the codes.
         metric: Always ``"cosine"``: inner product of unit vectors.
         format: Version of this layout.
@@ -230,12 +232,13 @@ class Manifest:
     tombstones: Mapping[str, Tombstones] = field(default_factory=dict)
     search: SearchParams = SearchParams()
     reason: str = ""
+    change: str = ""
     queries: Mapping[str, FileInfo] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
     curve: tuple[Mapping[str, Any], ...] = ()
     owners: FileInfo | None = None
     map: FileInfo | None = None
-    skipped: Mapping[str, int] = field(default_factory=dict)
+    skipped: int = 0
     faiss_version: str = ""
     metric: str = "cosine"
     format: int = FORMAT_VERSION
@@ -266,7 +269,6 @@ class Manifest:
     def from_json(cls, data: bytes) -> "Manifest":
         """Read ``to_json``."""
         values = json.loads(data)
-        owners, points = values.get("owners"), values.get("map")
         parsed = {
             "embeddings": EmbeddingsInfo.from_dict(values["embeddings"]),
             "codec": CodecInfo.from_dict(values["codec"]),
@@ -275,8 +277,8 @@ class Manifest:
             "search": SearchParams(**values["search"]),
             "queries": {name: FileInfo(**file) for name, file in values["queries"].items()},
             "curve": tuple(values["curve"]),
-            "owners": FileInfo(**owners) if owners else None,
-            "map": FileInfo(**points) if points else None,
+            "owners": _parse_file(values.get("owners")),
+            "map": _parse_file(values.get("map")),
         }
         return cls(**_pick(cls, values) | parsed)
 
@@ -307,6 +309,10 @@ class Pointer:
 
 def _pick(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     return {item.name: values[item.name] for item in fields(cls) if item.name in values}
+
+
+def _parse_file(values: Mapping[str, Any] | None) -> FileInfo | None:
+    return None if values is None else FileInfo(**values)
 
 
 def digest_bytes(data: bytes) -> str:

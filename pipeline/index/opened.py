@@ -27,6 +27,8 @@ EXACT_SHARE = 0.02
 """Below this share of a segment, an index finds too few of the rows that a filter leaves."""
 MAX_EXACT_ROWS = 1_000_000
 SCAN_ROWS = 8192
+RANKED_QUERIES = 16
+"""From more queries on, converting the vectors once and multiplying matrices is faster."""
 MAX_OVERFETCH = 16_384
 MAPPED_KEYS_ROWS = 200_000
 """Longer key tables are mapped from the cache directory rather than held in memory."""
@@ -134,7 +136,7 @@ class Segment:
         return self._rank(request, k, *found)
 
     def _should_scan(self, mask: Mask) -> bool:
-        if self.info.kind == "flat":
+        if self.info.kind == "flat" and len(mask.flags) <= EXACT_ROWS:
             return False
         few = mask.chosen and mask.rows <= EXACT_ROWS
         rare = mask.rows < EXACT_SHARE * self.info.rows and mask.rows <= MAX_EXACT_ROWS
@@ -157,26 +159,31 @@ class Segment:
 
     def _rank(self, request: Request, k: int, scores: Floats, rows: Rows) -> tuple[Floats, Rows]:
         """Order candidates by their stored vectors, where the codes are not exact."""
-        if request.params.candidates and self.info.kind != "flat":
-            scores = self.score(request.vectors, rows)
-        else:
-            scores = np.where(rows >= 0, scores, np.float32(-np.inf))
-        return keep_best(scores, rows, k)
-
-    def score(self, queries: Floats, rows: Rows) -> Floats:
-        """Return the cosine of each query to its rows, (n, m); -inf where the row is -1."""
-        scores = np.full(rows.shape, -np.inf, np.float32)
-        for query, wanted, out in zip(queries, rows, scores, strict=True):
-            valid = wanted >= 0
-            out[valid] = self._vectors[wanted[valid]].astype(np.float32) @ query
-        return scores
+        if self.codec.is_exact:
+            return keep_best(np.where(rows >= 0, scores, np.float32(-np.inf)), rows, k)
+        ranker = engine.HalfRanker(self.codec.dim)
+        scores = np.full((len(rows), k), -np.inf, np.float32)
+        ranked = np.full((len(rows), k), -1, np.int64)
+        for number, line in enumerate(rows):
+            valid = np.sort(line[line >= 0])  # in the order they lie in the file
+            if len(valid):
+                found, where = ranker.rank(
+                    request.vectors[number : number + 1], self._vectors[valid], k
+                )
+                scores[number, : found.shape[1]] = found[0]
+                ranked[number, : found.shape[1]] = valid[where[0]]
+        return scores, ranked
 
     def scan(self, queries: Floats, k: int, chosen: Rows) -> tuple[Floats, Rows]:
         """Return the exact best of ``chosen`` rows by looking at all of them, (n, <= k) each."""
         scores, rows = empty_result(len(queries))
+        ranker = engine.HalfRanker(self.codec.dim)
         for first in range(0, len(chosen), SCAN_ROWS):
             block = chosen[first : first + SCAN_ROWS]
-            found, where = engine.search_exact(queries, self.read_vectors(block), k)
+            if len(queries) <= RANKED_QUERIES:
+                found, where = ranker.rank(queries, self._vectors[block], k)
+            else:
+                found, where = engine.search_exact(queries, self.read_vectors(block), k)
             scores = np.concatenate([scores, found], axis=1)
             rows = np.concatenate([rows, block[where]], axis=1)
             scores, rows = keep_best(scores, rows, k)

@@ -2,7 +2,6 @@
 
 import time
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import ConflictError, ObjectMissingError, PublishError, SettingsError
@@ -20,38 +19,9 @@ Version = tuple[Pointer, str] | None
 """What ``CURRENT`` said when a build began, and its version; None if there was nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """One condition for publishing.
-
-    Attributes:
-        name: What is checked.
-        passed: Whether it holds.
-        detail: The value, and what it has to be.
-    """
-
-    name: str
-    passed: bool
-    detail: str
-
-
 def name_generation(seq: int) -> str:
     """Return a new name, ``"<seq>-<uid>"``, that no other publisher can have."""
     return f"{seq:06d}-{uuid.uuid4().hex[:8]}"
-
-
-def check_gates(gates: Sequence[Gate], *, force: bool) -> None:
-    """Let a generation pass, or not.
-
-    Raises:
-        PublishError: A gate did not hold; names all that did not.
-    """
-    failed = [f"{gate.name}: {gate.detail}" for gate in gates if not gate.passed]
-    if failed and not force:
-        raise PublishError(
-            f"not published: {'; '.join(failed)}; the old generation goes on serving; "
-            "--force publishes all the same"
-        )
 
 
 def publish(index: str, manifest: Manifest, before: Version, storage: Storage) -> Pointer:
@@ -184,10 +154,14 @@ def find_garbage(index: str, *, keep: int, min_age_s: float, storage: Storage) -
         if modified_s is None or now - modified_s < min_age_s:
             kept.add(name)
     needed = _list_needed(index, kept, storage) | {join_uri(index, "CURRENT")}
+    exported = tuple(join_uri(index, "exports", name) + "/" for name in kept)
     doomed = [
         info
         for uri, info in objects.items()
-        if uri not in needed and info.modified_s is not None and now - info.modified_s >= min_age_s
+        if uri not in needed
+        and not uri.startswith(exported)
+        and info.modified_s is not None
+        and now - info.modified_s >= min_age_s
     ]
     doomed.sort(key=lambda info: (info.uri.endswith("/manifest.json"), info.uri))
     return Garbage(

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
@@ -15,12 +15,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import CorruptionError, ObjectMissingError
-from pipeline.index.engine import Floats
+from pipeline.index.engine import Floats, Halves
 from pipeline.index.files import FileStore
 from pipeline.index.manifest import FileInfo, SegmentInfo, ShardRows
+from pipeline.records import Commit
 from pipeline.storage import Storage, join_uri
 
-Halves = npt.NDArray[np.float16]
 Flags = npt.NDArray[np.bool_]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -52,6 +52,10 @@ class PartSource:
     size_bytes: int
     take: tuple[int, ...] | None = None
 
+    def choose(self, positions: npt.NDArray[np.int64]) -> "PartSource":
+        """Return the same part, of which only these positions are taken."""
+        return replace(self, take=tuple(map(int, positions)))
+
 
 @dataclass(frozen=True, slots=True)
 class SegmentSource:
@@ -59,11 +63,11 @@ class SegmentSource:
 
     Attributes:
         segment: The segment.
-        dead: Its tombstones, if any.
+        dead: One bit a row, lowest first, 1 for deleted; empty if all are live.
     """
 
     segment: SegmentInfo
-    dead: FileInfo | None = None
+    dead: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +176,7 @@ def read_segment_rows(source: SegmentSource, files: FileStore, dim: int) -> Iter
     """Yield the live rows of a segment in blocks, in row order."""
     segment = source.segment
     vectors = open_vectors(files.fetch(segment.files["vectors"]), segment, dim)
-    live = ~read_bits(files, source.dead, segment.rows)
+    live = ~unpack_bits(source.dead, segment.rows)
     reader = pq.ParquetFile(files.fetch(segment.files["keys"]))
     first = 0
     for batch in reader.iter_batches(BLOCK_ROWS):
@@ -197,11 +201,35 @@ def open_vectors(path: Path, segment: SegmentInfo, dim: int) -> Halves:
 
 
 def read_bits(files: FileStore, file: FileInfo | None, rows: int) -> Flags:
-    """Return tombstones as one boolean a row; all False where there are none."""
-    if file is None:
+    """Return tombstones as one boolean a row; all False where there are none.
+
+    Raises:
+        CorruptionError: The file is damaged.
+    """
+    return unpack_bits(b"" if file is None else files.fetch(file).read_bytes(), rows)
+
+
+def unpack_bits(packed: bytes, rows: int) -> Flags:
+    """Return one boolean a row; all False where there are no bytes."""
+    if not packed:
         return np.zeros(rows, bool)
-    packed = np.fromfile(files.fetch(file), np.uint8)
-    return np.unpackbits(packed, count=rows, bitorder="little").astype(bool)
+    bits = np.frombuffer(packed, np.uint8)
+    return np.unpackbits(bits, count=rows, bitorder="little").astype(bool)
+
+
+def pack_bits(flags: Flags) -> bytes:
+    """Return flags as bits, lowest first."""
+    return np.packbits(flags, bitorder="little").tobytes()
+
+
+def list_parts(commits: Iterable[Commit]) -> list[PartSource]:
+    """Return the parts of commits that hold a vector, in order."""
+    return [
+        PartSource(commit.shard_id, part.path, part.rows, part.rows_sha256, part.size_bytes)
+        for commit in commits
+        for part in commit.parts
+        if part.statuses.get("ok")
+    ]
 
 
 def iter_blocks(

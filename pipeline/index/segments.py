@@ -15,7 +15,13 @@ import pyarrow.parquet as pq
 from pipeline.errors import CorruptionError, ObjectMissingError
 from pipeline.index import engine
 from pipeline.index.files import FileStore, describe_file
-from pipeline.index.manifest import CodecInfo, FileInfo, SegmentInfo, ShardRows
+from pipeline.index.manifest import (
+    CodecInfo,
+    FileInfo,
+    SegmentInfo,
+    ShardRows,
+    digest_bytes,
+)
 from pipeline.index.rows import Block, PartSource, SegmentSource, iter_blocks, sum_shards
 from pipeline.index.truth import Queries, TruthBuilder, decode_queries
 from pipeline.records import digest_json
@@ -69,7 +75,7 @@ class SegmentTask:
 
 def _identify(source: PartSource | SegmentSource) -> list[Any]:
     if isinstance(source, SegmentSource):
-        return [source.segment.id, source.dead.sha256 if source.dead else None]
+        return [source.segment.id, digest_bytes(source.dead)]
     return [source.path, source.rows_sha256, source.take]
 
 
@@ -172,9 +178,12 @@ class _SegmentWriter:
         totals.shards += block.shards
         if not len(block.vectors):
             return
-        self._vectors.write(block.vectors.astype(np.float16).tobytes())
+        halves = block.vectors.astype(np.float16)
+        self._vectors.write(halves.tobytes())
         self._write_keys(block.keys)
-        self._truth.add(block.vectors, block.keys.column("key"), totals.rows)
+        # The truth is what a search without shortcuts would find, so it rounds as that does.
+        exact = block.vectors if self._codec.is_exact else halves.astype(np.float32)
+        self._truth.add(exact, block.keys.column("key"), totals.rows)
         rotated = self._codec.rotate(block.vectors)
         self._index.add(rotated)
         self._measure_cosine(rotated)
@@ -183,7 +192,9 @@ class _SegmentWriter:
     def _write_keys(self, keys: pa.Table) -> None:
         if self._keys is None:
             path = self._scratch / "keys.parquet"
-            self._keys = pq.ParquetWriter(path, keys.schema, compression="zstd")
+            self._keys = pq.ParquetWriter(
+                path, keys.schema, compression="zstd", write_page_checksum=True
+            )
         self._keys.write_table(keys, row_group_size=KEY_GROUP_ROWS)
         self._names.append(keys.column("key"))
 

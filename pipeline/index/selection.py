@@ -6,7 +6,7 @@ times faster at 0.99 recall and need no training; beyond a million rows inverted
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.errors import SettingsError
@@ -39,6 +39,7 @@ class Plan:
     """How rows are going to be indexed.
 
     Attributes:
+        rows: How many.
         kind: One of ``KINDS``.
         factory: FAISS factory string.
         lists: Number of inverted lists; 0 for kinds without.
@@ -50,6 +51,7 @@ class Plan:
         reason: Why, in one line.
     """
 
+    rows: int
     kind: str
     factory: str
     lists: int
@@ -89,6 +91,7 @@ def make_plan(
     segments = count_segments(chosen, rows, dim, memory_bytes)
     sample = max(POINTS_PER_LIST * lists, CODEC_SAMPLE_ROWS if chosen != "flat" else 0)
     return Plan(
+        rows=rows,
         kind=chosen,
         factory=make_factory(chosen, dim, lists),
         lists=lists,
@@ -103,8 +106,8 @@ def make_plan(
 
 def choose_kind(rows: int, dim: int, memory_bytes: int, target_recall: float) -> str:
     """Return the simplest kind that is fast enough, fits, and can reach the target."""
-    fits: Callable[[str], bool] = lambda kind: estimate_memory(kind, rows, dim) <= memory_bytes  # noqa: E731
-    if (rows <= FLAT_ROWS or target_recall >= 1) and fits("flat"):
+    wants_flat = rows <= FLAT_ROWS or target_recall >= 1
+    if wants_flat and estimate_memory("flat", rows, dim) <= memory_bytes:
         return "flat"
     return "rabitq" if rows <= RABITQ_ROWS else "ivf-rabitq"
 
@@ -161,15 +164,13 @@ def count_segments(kind: str, rows: int, dim: int, memory_bytes: int) -> int:
     return max(1, math.ceil(rows / min(SEGMENT_ROWS, fit)))
 
 
-def outgrew(
-    kind: str, rows: int, plan_kind: str, *, limits: Mapping[str, int] | None = None
-) -> bool:
+def outgrew(kind: str, rows: int, planned_kind: str) -> bool:
     """Tell whether rows have grown so far beyond a kind's limit that another one pays.
 
     A fifth of slack keeps an index at the limit from changing its kind every night.
     """
-    limit = (limits or {"flat": FLAT_ROWS, "rabitq": RABITQ_ROWS}).get(kind)
-    return kind != plan_kind and limit is not None and rows > 1.2 * limit
+    limit = {"flat": FLAT_ROWS, "rabitq": RABITQ_ROWS}.get(kind)
+    return kind != planned_kind and limit is not None and rows > 1.2 * limit
 
 
 def show_bytes(number: float) -> str:

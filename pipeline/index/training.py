@@ -16,6 +16,7 @@ from pipeline.errors import ObjectMissingError, SettingsError
 from pipeline.index import engine
 from pipeline.index.files import FileStore
 from pipeline.index.manifest import CodecInfo, FileInfo, put_file
+from pipeline.index.projection import MAX_POINTS, compute_map, write_map
 from pipeline.index.rows import Block, PartSource, merge_blocks, read_ahead, read_part_rows
 from pipeline.index.selection import Plan
 from pipeline.index.tasks import Workers
@@ -35,22 +36,33 @@ class Training:
     Attributes:
         codec: How rows are encoded.
         queries: The held-out queries.
+        map: The sample laid out in two dimensions.
+        reused: True if it had been trained before.
     """
 
     codec: CodecInfo
     queries: Mapping[str, FileInfo]
+    map: FileInfo
+    reused: bool = False
+
+    def list_written(self) -> list[FileInfo]:
+        """Return the files that this run wrote."""
+        files = [*self.queries.values(), self.map, self.codec.file]
+        return [] if self.reused else [file for file in files if file is not None]
 
     def to_json(self) -> bytes:
         """Serialise for ``training.json``."""
         queries = {name: asdict(file) for name, file in self.queries.items()}
-        return json.dumps({"codec": asdict(self.codec), "queries": queries}).encode()
+        values = {"codec": asdict(self.codec), "queries": queries, "map": asdict(self.map)}
+        return json.dumps(values).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> "Training":
-        """Read ``to_json``."""
+        """Read ``to_json``, as a training that had been done before."""
         values = json.loads(data)
         queries = {name: FileInfo(**file) for name, file in values["queries"].items()}
-        return cls(CodecInfo.from_dict(values["codec"]), queries)
+        codec = CodecInfo.from_dict(values["codec"])
+        return cls(codec, queries, FileInfo(**values["map"]), reused=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +108,17 @@ def train(
         return Training.from_json(files.storage.read(record))
     except ObjectMissingError:
         pass
-    sample = draw_sample(
-        parts, plan.sample_rows + draw.queries, embeddings, files=files, workers=workers, draw=draw
-    )
+    rows = max(plan.sample_rows, MAX_POINTS) + draw.queries
+    sample = draw_sample(parts, rows, embeddings, files=files, workers=workers, draw=draw)
     if not len(sample.vectors):
         raise SettingsError(f"{embeddings!r} holds no usable vector; look at its rows' status")
     held_out, learned = split_sample(sample, draw, plan)
     queries = encode_queries(held_out.keys.column("key").to_pylist(), held_out.vectors)
     stored = put_file(files.index, f"{folder}/queries.arrow", queries, files.storage)
     codec = _train_codec(plan, learned.vectors, folder, files, draw.seed, workers)
-    training = Training(codec, {"queries": stored})
+    points = compute_map(sample.vectors, sample.keys.column("key").to_pylist(), seed=draw.seed)
+    plotted = write_map(points, files.index, files.storage)
+    training = Training(codec, {"queries": stored}, plotted)
     files.storage.put(record, training.to_json())
     return training
 
@@ -219,4 +232,4 @@ def _train_codec(
     if not data:
         return CodecInfo(digest_json(name), plan.kind, plan.factory)
     stored = put_file(files.index, f"{folder}/trained.faiss", data, files.storage)
-    return CodecInfo(stored.sha256[:16], plan.kind, plan.factory, stored)
+    return CodecInfo(stored.sha256[:16], plan.kind, plan.factory, plan.lists, stored)

@@ -1,0 +1,328 @@
+"""Drafts: the segments, deletions and owners of a generation that is not measured yet."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pipeline.config import IndexConfig
+from pipeline.errors import SettingsError
+from pipeline.index.changes import (
+    Changes,
+    Comparison,
+    Owner,
+    Range,
+    compare_rows,
+    make_owners,
+)
+from pipeline.index.compaction import Relocation, choose_merges, compute_imbalance
+from pipeline.index.files import FileStore
+from pipeline.index.manifest import (
+    CodecInfo,
+    FileInfo,
+    Manifest,
+    SegmentInfo,
+    ShardRows,
+    put_file,
+)
+from pipeline.index.rows import (
+    Flags,
+    PartSource,
+    SegmentSource,
+    list_parts,
+    pack_bits,
+    read_bits,
+)
+from pipeline.index.segments import BuiltSegment, SegmentTask, build_segment, read_queries
+from pipeline.index.selection import LONG_LIST_ROWS, Plan, code_bytes
+from pipeline.index.source import Source
+from pipeline.index.tasks import Workers
+from pipeline.index.training import Draw, train
+from pipeline.index.truth import DEPTH, Truth, find_floors, merge_truths
+
+Sources = Sequence[PartSource | SegmentSource]
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """What a build works with.
+
+    Attributes:
+        config: The settings.
+        source: The embeddings.
+        plan: How so many rows are to be indexed.
+        files: The index.
+        workers: Who does the work.
+        parent: The generation that serves, or None.
+    """
+
+    config: IndexConfig
+    source: Source
+    plan: Plan
+    files: FileStore
+    workers: Workers
+    parent: Manifest | None
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A generation before it is measured.
+
+    Attributes:
+        codec: What its segments share.
+        segments: Its segments.
+        dead: Deleted rows, for segments that have any.
+        owners: Which shards own which rows.
+        queries: Held-out queries and floors.
+        map: The map of the collection.
+        built: Segments that this run built or found built.
+        written: Other files that this run wrote.
+        added: Rows that were added.
+        removed: Rows that were deleted.
+        reason: Why it was built like this, in one line.
+    """
+
+    codec: CodecInfo
+    segments: tuple[SegmentInfo, ...]
+    dead: Mapping[str, Flags]
+    owners: tuple[Owner, ...]
+    queries: Mapping[str, FileInfo]
+    map: FileInfo | None
+    built: tuple[BuiltSegment, ...]
+    written: tuple[FileInfo, ...]
+    added: int
+    removed: int
+    reason: str
+
+    @property
+    def rows(self) -> int:
+        """Live rows."""
+        return sum(s.rows for s in self.segments) - sum(int(d.sum()) for d in self.dead.values())
+
+    @property
+    def skipped(self) -> int:
+        """Committed vectors that are not usable."""
+        return sum(owner.skipped for owner in self.owners)
+
+
+def draft_full(build: Build, reason: str) -> Draft:
+    """Train, and build all segments from committed parts."""
+    source, plan = build.source, build.plan
+    parts = list_parts(source.commits)
+    draw = Draw(build.config.queries, build.config.seed)
+    training = train(
+        plan, parts, embeddings=source.uri, files=build.files, workers=build.workers, draw=draw
+    )
+    tasks = [
+        make_task(build, training.codec, training.queries, sources, packed=plan.packed)
+        for sources in cut_sources(parts, plan.segments)
+    ]
+    built = tuple(run_tasks(build, tasks))
+    segments = tuple(item.info for item in built if item.info.rows)
+    if not segments:
+        raise SettingsError(f"{source.uri!r} holds no usable vector; look at its rows' status")
+    queries, floors = add_floors(build.files, training.queries, segments, source.dim)
+    return Draft(
+        codec=describe_codec(build.files, training.codec, segments),
+        segments=segments,
+        dead={},
+        owners=tuple(make_owners(source.commits, ((b.info.id, b.shards) for b in built))),
+        queries=queries,
+        map=training.map,
+        built=built,
+        written=(*training.list_written(), floors),
+        added=sum(segment.rows for segment in segments),
+        removed=build.parent.rows if build.parent else 0,
+        reason=reason,
+    )
+
+
+def make_task(
+    build: Build,
+    codec: CodecInfo,
+    queries: Mapping[str, FileInfo],
+    sources: Sources,
+    *,
+    packed: bool,
+    delta: bool = False,
+) -> SegmentTask:
+    """Return the task of building one segment from ``sources``."""
+    return SegmentTask(
+        index=build.files.index,
+        embeddings=build.source.uri,
+        dim=build.source.dim,
+        codec=codec,
+        sources=tuple(sources),
+        delta=delta,
+        packed=packed,
+        queries=queries,
+        storage=build.files.storage,
+        cache_dir=build.files.cache_dir,
+        threads=build.workers.threads,
+    )
+
+
+def run_tasks(build: Build, tasks: Sequence[SegmentTask]) -> list[BuiltSegment]:
+    """Build segments, on as many workers as there are."""
+    rows = max((sum(map(count_rows, task.sources)) for task in tasks), default=0)
+    memory_bytes = 2 * rows * code_bytes(build.plan.kind, build.source.dim) + (1 << 29)
+    return build.workers.run(build_segment, tasks, memory_bytes=memory_bytes)
+
+
+def count_rows(source: PartSource | SegmentSource) -> int:
+    """Return how many rows a source has at most."""
+    if isinstance(source, SegmentSource):
+        return source.segment.rows
+    return source.rows if source.take is None else len(source.take)
+
+
+def cut_sources(sources: Sources, number: int) -> list[Sources]:
+    """Cut sources into ``number`` runs of about equal rows, none empty."""
+    sizes = np.cumsum([count_rows(source) for source in sources])
+    if not len(sizes):
+        return []
+    owner = np.minimum((sizes - 1) * number // sizes[-1], number - 1)
+    runs = [[s for s, o in zip(sources, owner, strict=True) if o == n] for n in range(number)]
+    return [run for run in runs if run]
+
+
+def add_floors(
+    files: FileStore, queries: Mapping[str, FileInfo], segments: Sequence[SegmentInfo], dim: int
+) -> tuple[dict[str, FileInfo], FileInfo]:
+    """Note below which scores later segments need not look for the queries' neighbours."""
+    truths = [Truth.from_bytes(files.fetch(s.files["truth"]).read_bytes()) for s in segments]
+    count = len(read_queries(files, queries, dim).keys)
+    floors = find_floors(merge_truths(truths, count, DEPTH)).tobytes()
+    folder = queries["queries"].path.rsplit("/", 1)[0]
+    stored = put_file(files.index, f"{folder}/floors-{segments[0].id}.f32", floors, files.storage)
+    return dict(queries) | {"floors": stored}, stored
+
+
+def describe_codec(
+    files: FileStore, codec: CodecInfo, segments: Sequence[SegmentInfo]
+) -> CodecInfo:
+    """Return a codec with how its rows lie right after training, to measure drift against."""
+    weighted = [(s.mean_cosine, s.rows) for s in segments if s.mean_cosine is not None]
+    rows = sum(segment.rows for segment in segments)
+    cosine = sum(c * n for c, n in weighted) / sum(n for _, n in weighted) if weighted else None
+    imbalance = compute_imbalance(read_list_sizes(files, segments))
+    return replace(codec, trained_rows=rows, imbalance=imbalance, mean_cosine=cosine)
+
+
+def read_list_sizes(files: FileStore, segments: Iterable[SegmentInfo]) -> list[np.ndarray]:
+    """Return the rows in each inverted list, by segment; nothing for kinds without lists."""
+    return [
+        np.fromfile(files.fetch(segment.files["lists"]), np.uint32)
+        for segment in segments
+        if "lists" in segment.files
+    ]
+
+
+def draft_increment(build: Build, parent: Manifest, changes: Changes) -> Draft:
+    """Build one segment of what is new, mark what is gone, and take over everything else."""
+    dead = {
+        name: read_bits(build.files, item.file, item.file.size_bytes * 8)
+        for name, item in parent.tombstones.items()
+    }
+    segments = {segment.id: segment for segment in parent.segments}
+    dead = {name: bits[: segments[name].rows] for name, bits in dead.items()}
+    before = sum(int(bits.sum()) for bits in dead.values())
+    kill_owners(changes.gone, segments, dead)
+    compared = [
+        compare_rows(
+            item, embeddings=build.source.uri, segments=segments, dead=dead, files=build.files
+        )
+        for item in changes.replaced
+    ]
+    kill_rows(compared, segments, dead)
+    parts = [part for item in compared for part in item.sources] + list_parts(changes.added)
+    live = {
+        s.id: s.rows - int(dead[s.id].sum()) if s.id in dead else s.rows for s in parent.segments
+    }
+    new_rows = sum(map(count_rows, parts))
+    merged = choose_merges(parent.segments, live, new_rows)
+    built, relocation = _build_new(build, parent, parts, merged, dead)
+    left = [s for s in parent.segments if live[s.id] and s not in merged]
+    ranges = [(item.info.id, item.shards) for item in built]
+    owners = [relocation.apply(owner) for owner in changes.kept]
+    owners += [relocation.apply(_own(item, ranges)) for item in compared]
+    owners += make_owners(changes.added, ranges)
+    added = sum(item.info.rows for item in built) - sum(live[s.id] for s in merged)
+    return Draft(
+        codec=parent.codec,
+        segments=(*left, *(item.info for item in built if item.info.rows)),
+        dead={s.id: dead[s.id] for s in left if s.id in dead and dead[s.id].any()},
+        owners=tuple(owners),
+        queries=parent.queries,
+        map=parent.map,
+        built=tuple(built),
+        written=(),
+        added=added,
+        removed=sum(int(bits.sum()) for bits in dead.values()) - before,
+        reason=_explain_increment(merged, new_rows),
+    )
+
+
+def _explain_increment(merged: Sequence[SegmentInfo], new_rows: int) -> str:
+    if merged:
+        return f"{len(merged)} segments merged with {new_rows:,} new rows"
+    return f"{new_rows:,} new rows as a delta" if new_rows else "nothing new; deletions only"
+
+
+def kill_owners(
+    owners: Iterable[Owner], segments: Mapping[str, SegmentInfo], dead: dict[str, Flags]
+) -> None:
+    """Mark all rows of owners as deleted."""
+    for owner in owners:
+        for item in owner.ranges:
+            bits = dead.setdefault(item.segment, np.zeros(segments[item.segment].rows, bool))
+            bits[item.first : item.first + item.rows] = True
+
+
+def kill_rows(
+    compared: Iterable[Comparison], segments: Mapping[str, SegmentInfo], dead: dict[str, Flags]
+) -> None:
+    """Mark the rows that are no longer there as deleted."""
+    for item in compared:
+        for segment, rows in item.dead.items():
+            dead.setdefault(segment, np.zeros(segments[segment].rows, bool))[rows] = True
+
+
+def _own(item: Comparison, built: Iterable[tuple[str, Sequence[ShardRows]]]) -> Owner:
+    ranges, skipped = list(item.ranges), 0
+    for segment, shards in built:
+        for rows in shards:
+            if rows.shard_id in item.shards:
+                ranges.append(Range(segment, rows.first, rows.rows))
+                skipped += rows.skipped
+    return Owner(item.shards, tuple(r for r in ranges if r.rows), skipped)
+
+
+def _build_new(
+    build: Build,
+    parent: Manifest,
+    parts: Sequence[PartSource],
+    merged: Sequence[SegmentInfo],
+    dead: Mapping[str, Flags],
+) -> tuple[list[BuiltSegment], Relocation]:
+    bits = {s.id: dead.get(s.id, np.zeros(s.rows, bool)) for s in merged}
+    sources: list[PartSource | SegmentSource] = [
+        SegmentSource(s, pack_bits(bits[s.id]) if bits[s.id].any() else b"") for s in merged
+    ]
+    sources += parts
+    rows = sum(map(count_rows, sources))
+    limit = max(1, -(-build.plan.rows // build.plan.segments))
+    packed = bool(merged) and rows >= LONG_LIST_ROWS * parent.codec.lists
+    tasks = [
+        make_task(build, parent.codec, parent.queries, run, packed=packed, delta=not merged)
+        for run in cut_sources(sources, -(-rows // limit))
+    ]
+    built = run_tasks(build, tasks)
+    relocation = Relocation()
+    for task, item in zip(tasks, built, strict=True):
+        base = 0
+        for source in task.sources:
+            if isinstance(source, SegmentSource):
+                segment = source.segment.id
+                base = relocation.move(segment, item.info.id, base, bits[segment])
+    return built, relocation

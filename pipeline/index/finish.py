@@ -1,0 +1,160 @@
+"""From a draft to a generation that may be published: deletions written, measured, gated."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.index import engine
+from pipeline.index.changes import encode_owners
+from pipeline.index.draft import Build, Draft
+from pipeline.index.gates import (
+    Gate,
+    check_files,
+    check_keys,
+    check_recall,
+    check_row_drop,
+    check_rows,
+    check_self_hits,
+)
+from pipeline.index.manifest import FileInfo, Manifest, SearchParams, Tombstones, put_file
+from pipeline.index.measure import Measured, MeasureTask, combine, measure_segment, read_truth
+from pipeline.index.publish import name_generation
+from pipeline.index.rows import pack_bits
+from pipeline.index.segments import read_queries
+from pipeline.index.selection import code_bytes
+from pipeline.index.tune import Tuned, tune
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A generation that is ready, and how it came to be.
+
+    Attributes:
+        manifest: The generation.
+        gates: What was checked.
+        written: Files that this run wrote.
+    """
+
+    manifest: Manifest
+    gates: tuple[Gate, ...]
+    written: tuple[FileInfo, ...]
+
+    @property
+    def written_bytes(self) -> int:
+        """Size of the files that this run wrote."""
+        return sum(file.size_bytes for file in self.written)
+
+
+def finish(build: Build, draft: Draft, seq: int) -> Finished:
+    """Write what is left to write, measure, check the gates; publishes nothing."""
+    generation = name_generation(seq)
+    tombstones, written = write_tombstones(build, draft, generation)
+    owners = put_file(
+        build.files.index,
+        f"generations/{generation}/owners.json",
+        encode_owners(draft.owners),
+        build.files.storage,
+    )
+    tuned = measure_draft(build, draft, tombstones)
+    parent = build.parent
+    manifest = Manifest(
+        generation=generation,
+        seq=seq,
+        parent=parent.generation if parent else None,
+        created_s=time.time(),
+        embeddings=build.source.describe(),
+        dim=build.source.dim,
+        rows=draft.rows,
+        codec=draft.codec,
+        segments=draft.segments,
+        tombstones=tombstones,
+        search=tuned.chosen.params,
+        reason=build.plan.reason,
+        change=draft.reason,
+        queries=draft.queries,
+        measured=tuned.chosen.to_dict() | {"target": build.config.target_recall},
+        curve=tuple(item.to_dict() for item in tuned.curve) or (parent.curve if parent else ()),
+        owners=owners,
+        map=draft.map,
+        skipped=draft.skipped,
+        faiss_version=engine.describe_engine().version,
+    )
+    new = [f for b in draft.built if not b.reused for f in b.info.files.values()]
+    return Finished(
+        manifest,
+        tuple(list_gates(build, draft, manifest, tuned.chosen)),
+        (*new, *draft.written, *written, owners),
+    )
+
+
+def write_tombstones(
+    build: Build, draft: Draft, generation: str
+) -> tuple[dict[str, Tombstones], list[FileInfo]]:
+    """Write the deletions that are new; take over those that are not."""
+    old = build.parent.tombstones if build.parent else {}
+    tombstones: dict[str, Tombstones] = {}
+    written: list[FileInfo] = []
+    for segment, dead in draft.dead.items():
+        rows = int(dead.sum())
+        if segment in old and old[segment].rows == rows:  # rows never come back to life
+            tombstones[segment] = old[segment]
+            continue
+        path = f"tombstones/{generation}/{segment}.bits"
+        file = put_file(build.files.index, path, pack_bits(dead), build.files.storage)
+        tombstones[segment] = Tombstones(file, rows)
+        written.append(file)
+    return tombstones, written
+
+
+def measure_draft(build: Build, draft: Draft, tombstones: Mapping[str, Tombstones]) -> Tuned:
+    """Measure with the parent's parameters if they still do; tune otherwise."""
+    files, dim = build.files, build.source.dim
+    queries = read_queries(files, draft.queries, dim)
+    truth = read_truth(files, draft.segments, tombstones, queries)
+    memory_bytes = max(s.rows for s in draft.segments) * code_bytes(draft.codec.kind, dim)
+
+    def measure(settings: Sequence[SearchParams], timed: bool) -> list[Measured]:
+        tasks = [
+            MeasureTask(
+                files=files,
+                dim=dim,
+                codec=draft.codec,
+                segment=segment,
+                tombstones=tombstones.get(segment.id),
+                queries=draft.queries,
+                settings=tuple(settings),
+                timed=timed,
+            )
+            for segment in draft.segments
+        ]
+        measures = build.workers.run(measure_segment, tasks, memory_bytes=memory_bytes + (1 << 29))
+        return combine(measures, settings, truth)
+
+    target = build.config.target_recall
+    if build.parent is not None and build.parent.codec == draft.codec:
+        [again] = measure([build.parent.search], True)
+        if again.recall[10][0] >= target:
+            return Tuned(again, ())
+    return tune(
+        draft.codec.kind,
+        lists=draft.codec.lists,
+        rows=max(segment.rows for segment in draft.segments),
+        target=target,
+        measure=measure,
+    )
+
+
+def list_gates(build: Build, draft: Draft, manifest: Manifest, measured: Measured) -> list[Gate]:
+    """Check all gates; digests and counts were verified when the segments were measured."""
+    config = build.config
+    new = {item.info.id for item in draft.built}
+    kept = [segment for segment in draft.segments if segment.id not in new]
+    before = build.parent.rows if build.parent else 0
+    return [
+        check_files(build.files, kept),
+        check_rows(manifest.rows, manifest.skipped, build.source.ok_rows),
+        check_row_drop(before, manifest.rows, config.max_row_drop),
+        check_keys(build.files, manifest.segments, manifest.tombstones),
+        check_self_hits(measured),
+        check_recall(measured, config.target_recall),
+    ]

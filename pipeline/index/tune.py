@@ -1,0 +1,89 @@
+"""The smallest search parameters that meet the target recall."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pipeline.index.manifest import SearchParams
+from pipeline.index.measure import Measured
+
+CANDIDATES = (128, 256, 512, 1024, 2048, 4096, 8192)
+WIDE_CANDIDATES = 2048
+EFS = (32, 64, 128, 256, 512)
+QUICK_SHARE = 8
+"""Lists beyond an eighth of all are tried only if fewer do not suffice."""
+
+Measure = Callable[[Sequence[SearchParams], bool], list[Measured]]
+"""Measures settings; the flag asks for latency and self-hits too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """Outcome of tuning.
+
+    Attributes:
+        chosen: The smallest setting whose recall is at least the target with 97.5 % confidence, or
+            the best there is.
+        curve: All that was measured.
+    """
+
+    chosen: Measured
+    curve: tuple[Measured, ...]
+
+
+def tune(kind: str, *, lists: int, rows: int, target: float, measure: Measure) -> Tuned:
+    """Find the smallest parameters that meet ``target`` at ten neighbours.
+
+    First the fewest lists that meet it with plenty of candidates, then the fewest candidates.
+
+    Args:
+        kind: Kind of index.
+        lists: Number of its inverted lists.
+        rows: Number of its rows.
+        target: Recall to reach.
+        measure: Measures settings over the whole index.
+    """
+    if kind == "flat":
+        curve = measure([SearchParams()], True)
+    elif kind == "hnsw":
+        curve = measure([SearchParams(ef=ef) for ef in EFS], True)
+    elif not lists:
+        curve = measure([SearchParams(candidates=c) for c in limit_candidates(rows)], True)
+    else:
+        return _tune_lists(lists, rows, target, measure)
+    return Tuned(choose(curve, target), tuple(curve))
+
+
+def _tune_lists(lists: int, rows: int, target: float, measure: Measure) -> Tuned:
+    curve: list[Measured] = []
+    doubled = [1 << power for power in range(lists.bit_length())]
+    quick = [nprobe for nprobe in doubled if nprobe <= max(64, lists // QUICK_SHARE)]
+    for nprobes in (quick, [nprobe for nprobe in doubled if nprobe not in quick]):
+        wide = min(WIDE_CANDIDATES, max(limit_candidates(rows)))
+        curve += measure([SearchParams(nprobe, wide) for nprobe in nprobes], False)
+        if meets(choose(curve, target), target):
+            break
+    nprobe = choose(curve, target).params.nprobe
+    curve += measure([SearchParams(nprobe, c) for c in limit_candidates(rows)], True)
+    timed = [item for item in curve if item.latency_ms is not None]
+    return Tuned(choose(timed, target), tuple(curve))
+
+
+def limit_candidates(rows: int) -> list[int]:
+    """Return the numbers of candidates worth trying with so many rows."""
+    return [c for c in CANDIDATES if c < rows] or [CANDIDATES[0]]
+
+
+def meets(measured: Measured, target: float) -> bool:
+    """Tell whether recall at ten neighbours is at least the target, sampling error allowed for."""
+    return measured.recall[10][1] >= target or measured.recall[10][0] == 1.0
+
+
+def choose(curve: Sequence[Measured], target: float) -> Measured:
+    """Return the first setting of those given, smallest first, that meets the target, or the best.
+
+    Recall that misses the bound but not the target itself is better than nothing.
+    """
+    for measured in curve:
+        if meets(measured, target):
+            return measured
+    return max(curve, key=lambda measured: measured.recall[10][0])
