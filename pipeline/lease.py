@@ -5,17 +5,21 @@ runs write at once.
 """
 
 import json
+import logging
 import os
 import socket
 import threading
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
 from pipeline.errors import ConflictError, LeaseError, ObjectMissingError, StorageError
 from pipeline.storage import Storage, join_uri
+
+_log = logging.getLogger(__name__)
 
 RENEW_S = 10.0
 EXPIRE_S = 60.0
@@ -129,7 +133,7 @@ class Lease:
         self._stop.set()
         self._thread.join()
         if self._lost is None:
-            self._storage.delete([self._uri])
+            self._give_back()
 
     def check(self) -> None:
         """Raise if another run took the lease over.
@@ -139,6 +143,12 @@ class Lease:
         """
         if self._lost is not None:
             raise LeaseError(self._lost)
+
+    def _give_back(self) -> None:
+        # A lease that storage will not delete belongs to a dead process soon; no error for that.
+        with suppress(StorageError):
+            if self._storage.read_versioned(self._uri)[1] == self._version:
+                self._storage.delete([self._uri])
 
     def _acquire(self) -> str:
         mine = Holder.here(self._run_id).to_json()
@@ -168,6 +178,10 @@ class Lease:
         # one that is stale by its own clock by an hour needs no waiting.
         if time.time() - holder.renewed_s > 60 * self._expire_s:
             return
+        _log.info(
+            "lease of another machine run=%s host=%s; taken over if unchanged for %g s",
+            *(holder.run_id, holder.host, self._expire_s),
+        )
         deadline = time.monotonic() + self._expire_s
         while time.monotonic() < deadline:
             self._stop.wait(min(RENEW_S, self._expire_s / 4))
