@@ -44,6 +44,16 @@ class StorageOptions:
     storage_timeout_s: float = 60.0
     """Longest wait for an answer or for the next bytes of a body."""
 
+    def __post_init__(self) -> None:
+        if self.storage_attempts < 1:
+            raise SettingsError(
+                f"storage_attempts is {self.storage_attempts}; it must be at least 1"
+            )
+        if not self.storage_timeout_s > 0:
+            raise SettingsError(
+                f"storage_timeout_s is {self.storage_timeout_s}; it must be positive"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class EmbedConfig:
@@ -117,7 +127,7 @@ class EmbedConfig:
     def __post_init__(self) -> None:
         if not self.input:
             raise SettingsError("no input given; pass --input with one or more URIs or folders")
-        if self.image_size not in ("train", "test") and not self.image_size.isdecimal():
+        if self.image_size not in ("train", "test") and not _is_count(self.image_size):
             raise SettingsError(
                 f"image_size is {self.image_size!r}; use train, test, or a number of pixels"
             )
@@ -125,6 +135,19 @@ class EmbedConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name} is {value}; it must be at least 1")
+        for name in ("image_timeout_s", "cpus_per_actor"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise SettingsError(f"{name} is {value}; it must be positive")
+        if self.gpus_per_actor is not None and not self.gpus_per_actor >= 0:
+            raise SettingsError(f"gpus_per_actor is {self.gpus_per_actor}; it must not be negative")
+        self._check_columns()
+        for name in ("chunk_bytes", "max_image_bytes"):
+            if parse_size(getattr(self, name), setting=name) < 1:
+                raise SettingsError(f"{name} is {getattr(self, name)!r}; it must be at least 1")
+        parse_failure_limit(self.max_failures)
+
+    def _check_columns(self) -> None:
         if not 0 <= self.top_k_classes <= 1000:
             raise SettingsError(f"top_k_classes is {self.top_k_classes}; use 0 to 1000")
         if taken := PART_COLUMNS.intersection(self.carry):
@@ -132,9 +155,14 @@ class EmbedConfig:
                 f"carry names {', '.join(sorted(taken))}, which every output has a column of its "
                 "own for; rename that column at the source, or leave it out"
             )
-        parse_size(self.chunk_bytes, setting="chunk_bytes")
-        parse_size(self.max_image_bytes, setting="max_image_bytes")
-        parse_failure_limit(self.max_failures)
+        if repeated := {name for name in self.carry if self.carry.count(name) > 1}:
+            raise SettingsError(
+                f"carry names {', '.join(sorted(repeated))} more than once; name it once"
+            )
+
+
+def _is_count(text: str) -> bool:
+    return text.isdecimal() and int(text) > 0
 
 
 def parse_failure_limit(text: str | None) -> tuple[int | None, float | None]:
