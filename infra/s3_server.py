@@ -33,6 +33,7 @@ SWIFT = "swift>=2.38,<3"
 USER = "dev:pipeline"
 REGION = "us-east-1"
 START_TIMEOUT_S = 60.0
+PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 BACKENDS = ("account", "container", "object")
 
 BACKEND_CONFIG = """\
@@ -109,6 +110,8 @@ def main() -> int:
     """Install, start, print the environment, wait; return the exit code."""
     arguments = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    if arguments.with_parent:
+        end_with_parent()
     try:
         install()
         if arguments.install_only:
@@ -132,6 +135,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bucket", action="append", default=[], help="bucket to make; repeatable")
     parser.add_argument("--workers", type=int, default=0, help="processes of the proxy server")
     parser.add_argument("--env-file", type=Path, help="also write the environment to this file")
+    parser.add_argument(
+        "--with-parent", action="store_true", help="stop when the process that started it ends"
+    )
     parser.add_argument("--install-only", action="store_true", help="install and stop")
     return parser.parse_args()
 
@@ -238,7 +244,7 @@ def _run_server(name: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     command = [_program(f"swift-{name}-server"), folder / f"{name}.conf", "--verbose"]
     with (folder / f"{name}.log").open("ab") as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent
+            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, preexec_fn=end_with_parent
         )
     try:
         yield process
@@ -251,10 +257,10 @@ def _run_server(name: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
             process.wait()
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to end this child when its parent is killed."""
+def end_with_parent() -> None:
+    """Ask Linux to send SIGTERM to this process when its parent is gone, killed or not."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait_until_healthy(

@@ -49,8 +49,9 @@ class S3Server:
 
 def connect(endpoint_url: str):
     """Return a plain boto3 client, which knows nothing of the code under test."""
-    retries = {"total_max_attempts": 1}
-    return boto3.client("s3", endpoint_url=endpoint_url, config=Config(retries=retries))
+    config = Config(retries={"total_max_attempts": 1})
+    # A session of its own: boto3's default one keeps the credentials that it first saw.
+    return boto3.Session().client("s3", endpoint_url=endpoint_url, config=config)
 
 
 @contextmanager
@@ -75,7 +76,7 @@ def run_swift() -> Iterator[S3Server]:
     secret = {"S3_SERVER_SECRET": os.environ["AWS_SECRET_ACCESS_KEY"]}
     with TemporaryFile() as errors:
         process = subprocess.Popen(
-            [sys.executable, SCRIPT],
+            [sys.executable, SCRIPT, "--with-parent"],
             stdout=subprocess.PIPE,
             stderr=errors,
             env=os.environ | secret,
