@@ -7,8 +7,9 @@ Engines of fixed shape fill a short batch up with zeros, whose results are cut o
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -50,6 +51,11 @@ class EngineOptions:
     threads: int | None = None
     logits: bool = False
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the device is the CPU."""
+        return self.device == "cpu"
+
 
 @dataclass(frozen=True, slots=True)
 class Forwarded:
@@ -58,14 +64,38 @@ class Forwarded:
     Attributes:
         vectors: Pooled embeddings, float32 (B, D).
         logits: float32 (B, classes); None unless asked for.
+        seconds: How long the device was busy with it: CPU time where one thread computes, the
+            GPU's own clock there, else the clock on the wall.
+        transfer_s: Time of the copies to the GPU and back, by its own clock; 0 on the CPU.
     """
 
     vectors: NDArray[np.float32]
     logits: NDArray[np.float32] | None = None
+    seconds: float = 0.0
+    transfer_s: float = 0.0
+
+    @classmethod
+    def join(cls, parts: Sequence["Forwarded"]) -> "Forwarded":
+        """Return the outcome of passes over consecutive pieces of one batch."""
+        logits = [part.logits for part in parts if part.logits is not None]
+        return cls(
+            np.concatenate([part.vectors for part in parts]),
+            np.concatenate(logits) if logits else None,
+            sum(part.seconds for part in parts),
+            sum(part.transfer_s for part in parts),
+        )
 
 
 class Engine(Protocol):
-    """A backbone ready to compute."""
+    """A backbone ready to compute.
+
+    Attributes:
+        batch_size: Most images in one pass.
+        depth: How many batches are worth having under way while another one is filled.
+    """
+
+    batch_size: int
+    depth: int
 
     def allocate(self) -> Pixels:
         """Return a buffer for one batch, uint8 (batch_size, S, S, 3), from which it is fast."""
@@ -80,6 +110,10 @@ class Engine(Protocol):
         Raises:
             torch.OutOfMemoryError: The batch is too large for the device.
         """
+        ...
+
+    def shrink(self, batch_size: int) -> None:
+        """Go on with smaller batches."""
         ...
 
 
@@ -123,7 +157,7 @@ def build_engine(backbone: nn.Module, data_config: DataConfig, options: EngineOp
         SettingsError: The engine is not installed, or cannot do the device or the precision.
         torch.OutOfMemoryError: A full batch does not fit the device.
     """
-    _check_options(options)
+    check_engine_options(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     network = Network(
@@ -132,20 +166,23 @@ def build_engine(backbone: nn.Module, data_config: DataConfig, options: EngineOp
         precision=options.precision,
         logits=options.logits,
     ).eval()
-    shape = (options.batch_size, data_config.image_size, data_config.image_size, 3)
+    size = data_config.image_size
     if options.name == "openvino":
-        return OpenVinoEngine(network, shape, threads=options.threads)
-    compiled = options.name == "torch-compile"
-    if options.device == "cpu":
-        return CpuEngine(network, shape, compiled=compiled)
-    return GpuEngine(network, shape, device=options.device, compiled=compiled)
+        return OpenVinoEngine(network, size, options)
+    return (
+        CpuEngine(network, size, options) if options.on_cpu else GpuEngine(network, size, options)
+    )
 
 
-def _check_options(options: EngineOptions) -> None:
-    on_cpu = options.device == "cpu"
-    if options.precision == "fp16" and on_cpu:
+def check_engine_options(options: EngineOptions) -> None:
+    """Refuse what cannot be built, without building anything.
+
+    Raises:
+        SettingsError: The engine cannot do the device or the precision.
+    """
+    if options.precision == "fp16" and options.on_cpu:
         raise SettingsError("precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
-    if options.name == "openvino" and not on_cpu:
+    if options.name == "openvino" and not options.on_cpu:
         raise SettingsError("engine openvino runs on the CPU only; use torch-compile on a GPU")
     if options.name == "openvino" and options.precision != "fp32":
         raise SettingsError(
@@ -154,70 +191,92 @@ def _check_options(options: EngineOptions) -> None:
 
 
 class CpuEngine:
-    """PyTorch on the CPU, as it is or compiled with its weights frozen in."""
+    """PyTorch on the CPU, as it is, or compiled for one shape with its weights frozen in."""
 
-    def __init__(self, network: Network, shape: tuple[int, ...], *, compiled: bool) -> None:
-        self._shape = shape
-        self._fixed = compiled
+    depth = 0
+
+    def __init__(self, network: Network, image_size: int, options: EngineOptions) -> None:
+        self.batch_size = options.batch_size
+        self._image_size = image_size
+        self._compiled_size = options.batch_size if options.name == "torch-compile" else 0
         self._call: Callable[[Tensor], tuple[Tensor, ...]] = network
-        if compiled:
-            self._call = _compile_for_cpu(network, shape)
+        if self._compiled_size:
+            self._call = _compile_for_cpu(network, self.allocate())
 
     def allocate(self) -> Pixels:
         """Return a zeroed buffer for one batch."""
-        return np.zeros(self._shape, np.uint8)
+        return np.zeros((self.batch_size, self._image_size, self._image_size, 3), np.uint8)
 
     def submit(self, pixels: Pixels) -> Callable[[], Forwarded]:
         """Compute at once; the call that is returned hands out the outcome."""
-        num = len(pixels)
-        batch = fill_up(pixels, self._shape) if self._fixed else pixels
+        clock_s = _pick_clock(torch.get_num_threads())
+        start_s = clock_s()
         with torch.no_grad():
-            outputs = self._call(torch.from_numpy(batch))
-        forwarded = _to_forwarded([output.numpy()[:num] for output in outputs])
+            outputs = self._call(torch.from_numpy(fill_up(pixels, self._compiled_size)))
+        arrays = [output.numpy()[: len(pixels)] for output in outputs]
+        forwarded = Forwarded(*_to_pair(arrays), seconds=clock_s() - start_s)
         return lambda: forwarded
 
+    def shrink(self, batch_size: int) -> None:
+        """Go on with smaller batches; a compiled shape stays, and is filled up."""
+        self.batch_size = batch_size
 
-def _compile_for_cpu(
-    network: Network, shape: tuple[int, ...]
-) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    import torch._inductor.config as inductor
+
+def _pick_clock(threads: int) -> Callable[[], float]:
+    return time.thread_time if threads == 1 else time.perf_counter
+
+
+def _compile_for_cpu(network: Network, example: Pixels) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    import torch._inductor.config as inductor  # its own import starts a compiler's machinery
 
     settings: Any = inductor.patch(freezing=True, compile_threads=1)
     with settings, torch.no_grad():
         compiled: Callable[[Tensor], tuple[Tensor, ...]] = torch.compile(network, dynamic=False)
-        compiled(torch.zeros(shape, dtype=torch.uint8))
+        compiled(torch.from_numpy(example))
     return compiled
 
 
 class OpenVinoEngine:
-    """OpenVINO on the CPU, float32, one stream."""
+    """OpenVINO on the CPU, float32, for one shape."""
 
-    def __init__(self, network: Network, shape: tuple[int, ...], *, threads: int | None) -> None:
+    depth = 0
+
+    def __init__(self, network: Network, image_size: int, options: EngineOptions) -> None:
         openvino = _import_openvino()
-        example = torch.zeros(shape, dtype=torch.uint8)
+        self.batch_size = self._compiled_size = options.batch_size
+        self._image_size = image_size
+        self._threads = options.threads or torch.get_num_threads()
+        example = torch.from_numpy(self.allocate())
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of how OpenVINO traces
-            model = openvino.convert_model(network, example_input=example, input=[list(shape)])
+            model = openvino.convert_model(
+                network, example_input=example, input=[list(example.shape)]
+            )
         settings = {
             "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
-            "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
+            "INFERENCE_NUM_THREADS": self._threads,
             "ENABLE_CPU_PINNING": False,  # several actors would pin themselves to the same core
         }
         self._request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
-        self._shape = shape
 
     def allocate(self) -> Pixels:
         """Return a zeroed buffer for one batch."""
-        return np.zeros(self._shape, np.uint8)
+        return np.zeros((self.batch_size, self._image_size, self._image_size, 3), np.uint8)
 
     def submit(self, pixels: Pixels) -> Callable[[], Forwarded]:
         """Compute at once; the call that is returned hands out the outcome."""
-        outputs = self._request.infer([fill_up(pixels, self._shape)], share_inputs=True)
-        arrays = [outputs[i][: len(pixels)].copy() for i in range(len(outputs))]
-        forwarded = _to_forwarded(arrays)
+        clock_s = _pick_clock(self._threads)
+        start_s = clock_s()
+        found = self._request.infer([fill_up(pixels, self._compiled_size)], share_inputs=True)
+        arrays = [found[i][: len(pixels)].copy() for i in range(len(found))]
+        forwarded = Forwarded(*_to_pair(arrays), seconds=clock_s() - start_s)
         return lambda: forwarded
+
+    def shrink(self, batch_size: int) -> None:
+        """Go on with smaller batches; the compiled shape stays, and is filled up."""
+        self.batch_size = batch_size
 
 
 def _import_openvino() -> Any:
@@ -234,62 +293,85 @@ def _import_openvino() -> Any:
 class GpuEngine:
     """PyTorch on a GPU. Copies overlap with computing; nothing waits until the outcome is asked.
 
-    Batches always have the full shape, so that compiled code and the allocator see one size.
+    Batches always have the full shape, so that compiled code, the choice of kernels and the
+    allocator see one size. Float32 is float32: the shorter TF32 stays off.
     """
 
-    def __init__(
-        self, network: Network, shape: tuple[int, ...], *, device: str, compiled: bool
-    ) -> None:
-        self._shape = shape
-        self._device = torch.device(device)
-        torch.backends.cudnn.benchmark = True  # one shape: choosing the fastest kernel pays off
-        network = network.to(self._device)
-        self._call: Callable[[Tensor], tuple[Tensor, ...]] = network
-        if compiled:
-            self._call = torch.compile(network, dynamic=False)
+    depth = 1
+
+    def __init__(self, network: Network, image_size: int, options: EngineOptions) -> None:
+        self.batch_size = options.batch_size
+        self._image_size = image_size
+        self._device = torch.device(options.device)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False
+        self._call: Callable[[Tensor], tuple[Tensor, ...]] = network.to(self._device)
+        if options.name == "torch-compile":
+            self._call = torch.compile(self._call, dynamic=False)
         self._copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self.submit(self.allocate())()
 
     def allocate(self) -> Pixels:
-        """Return a zeroed buffer for one batch in pinned memory."""
-        buffer: Pixels = torch.zeros(self._shape, dtype=torch.uint8, pin_memory=True).numpy()
+        """Return a zeroed buffer for one batch, in pinned memory."""
+        shape = (self.batch_size, self._image_size, self._image_size, 3)
+        buffer: Pixels = torch.zeros(shape, dtype=torch.uint8, pin_memory=True).numpy()
         return buffer
 
     def submit(self, pixels: Pixels) -> Callable[[], Forwarded]:
         """Queue the copy to the GPU, the pass, and the copies back."""
-        num = len(pixels)
         computing = torch.cuda.current_stream(self._device)
+        host = torch.from_numpy(fill_up(pixels, self.batch_size))
         with torch.cuda.stream(self._copies):
-            host = torch.from_numpy(fill_up(pixels, self._shape))
+            marks = [_mark(self._copies)]
             batch = host.to(self._device, non_blocking=True)
+            marks.append(_mark(self._copies))
         computing.wait_stream(self._copies)
         batch.record_stream(computing)
+        marks.append(_mark(computing))
         with torch.no_grad():
             outputs = self._call(batch)
+        marks.append(_mark(computing))
         results = [torch.empty(o.shape, dtype=o.dtype, pin_memory=True) for o in outputs]
         for result, output in zip(results, outputs, strict=True):
             result.copy_(output, non_blocking=True)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record(computing)
+        marks.append(_mark(computing))
 
         def wait() -> Forwarded:
-            done.synchronize()
-            return _to_forwarded([result.numpy()[:num] for result in results])
+            marks[-1].synchronize()
+            sent_s, _, computed_s, fetched_s = (
+                earlier.elapsed_time(later) / 1e3 for earlier, later in pairwise(marks)
+            )
+            arrays = [result.numpy()[: len(pixels)] for result in results]
+            transfer_s = sent_s + fetched_s
+            return Forwarded(*_to_pair(arrays), seconds=computed_s, transfer_s=transfer_s)
 
         return wait
 
+    def shrink(self, batch_size: int) -> None:
+        """Go on with smaller batches; compiled code is compiled again for them."""
+        self.batch_size = batch_size
+        torch.cuda.empty_cache()
 
-def fill_up(pixels: Pixels, shape: tuple[int, ...]) -> Pixels:
-    """Return crops as a batch of ``shape``; those that are missing are black."""
-    if pixels.shape == shape:
+
+def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event
+
+
+def fill_up(pixels: Pixels, batch_size: int) -> Pixels:
+    """Return crops as a batch of ``batch_size`` at least; those that are missing are black."""
+    if len(pixels) >= batch_size:
         return pixels
-    full = np.zeros(shape, np.uint8)
+    full = np.zeros((batch_size, *pixels.shape[1:]), np.uint8)
     full[: len(pixels)] = pixels
     return full
 
 
-def _to_forwarded(arrays: list[NDArray[np.float32]]) -> Forwarded:
-    return Forwarded(arrays[0], arrays[1] if len(arrays) > 1 else None)
+def _to_pair(
+    arrays: Sequence[NDArray[np.float32]],
+) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    return arrays[0], arrays[1] if len(arrays) > 1 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,19 +389,16 @@ class Deviation:
     seconds: float
 
 
-def measure_deviation(
-    engine: Engine, backbone: nn.Module, data_config: DataConfig, *, batch_size: int
-) -> Deviation:
+def measure_deviation(engine: Engine, backbone: nn.Module, data_config: DataConfig) -> Deviation:
     """Run a few synthetic pictures through an engine and through the backbone it was made from.
 
     Args:
         engine: The engine.
         backbone: The backbone as it was created: float32, batch norms in place, on the CPU.
         data_config: Preprocessing of both.
-        batch_size: The engine's; the pictures are cut to it.
     """
     start_s = time.perf_counter()
-    pixels = draw_probes(data_config.image_size)[:batch_size]
+    pixels = draw_probes(data_config.image_size)[: engine.batch_size]
     network = Network(backbone, data_config, precision="fp32", logits=False)
     with torch.no_grad():
         expected = network(torch.from_numpy(pixels))[0].numpy().astype(np.float64)

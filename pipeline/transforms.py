@@ -114,7 +114,13 @@ def create_transform(data_config: DataConfig) -> Transform:
     return Transform(data_config)
 
 
-def resize_and_crop(image: Image.Image, data_config: DataConfig) -> Pixels:
+def resize_and_crop(
+    image: Image.Image,
+    data_config: DataConfig,
+    *,
+    size: tuple[int, int] | None = None,
+    box: tuple[float, float, float, float] | None = None,
+) -> Pixels:
     """Resize the short side, then cut the centre square.
 
     Memory and time are bounded by the picture and the crop: of long, thin pictures only the crop
@@ -123,6 +129,10 @@ def resize_and_crop(image: Image.Image, data_config: DataConfig) -> Pixels:
     Args:
         image: RGB of any size.
         data_config: Says the sizes and the filter.
+        size: Width and height of the whole picture, which the geometry follows; the image's own
+            unless its decoder has scaled it down.
+        box: Where the whole picture lies in such an image, in fractional pixels: left, top,
+            right, bottom.
 
     Returns:
         uint8 in [0, 255], RGB, (S, S, 3), height first.
@@ -132,15 +142,15 @@ def resize_and_crop(image: Image.Image, data_config: DataConfig) -> Pixels:
     """
     if image.mode != "RGB":
         raise ValueError(f"the picture has mode {image.mode}; convert it to RGB first")
-    new_size = _fit_short_side(image.size, data_config.resize_size)
+    new_size = _fit_short_side(size or image.size, data_config.resize_size)
     left, top = (_centre(length, data_config.image_size) for length in new_size)
-    box = (left, top, left + data_config.image_size, top + data_config.image_size)
+    crop = (left, top, left + data_config.image_size, top + data_config.image_size)
     resample = _FILTERS[data_config.interpolation]
-    if max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
-        return resize_strip(image, new_size, box=box, resample=resample)
-    if image.size != new_size:
-        image = image.resize(new_size, resample)
-    return np.array(image.crop(box))
+    if box is None and max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
+        return resize_strip(image, new_size, box=crop, resample=resample)
+    if box is not None or image.size != new_size:
+        image = image.resize(new_size, resample, box)
+    return np.array(image.crop(crop))
 
 
 def normalise(batch: Tensor, data_config: DataConfig) -> Tensor:

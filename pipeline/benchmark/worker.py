@@ -71,7 +71,9 @@ def make_host_round(spec: Mapping[str, Any]) -> Round:
                         record.data, limits=ImageLimits(), exif=spec["exif"], draft_size=draft_size
                     )
                     clock.book("decode")
-                    batch[images % len(batch)] = resize_and_crop(decoded.image, data_config)
+                    batch[images % len(batch)] = resize_and_crop(
+                        decoded.image, data_config, size=decoded.size, box=decoded.box
+                    )
                     image_digest(record.data)
                     clock.book("transform")
                     images += 1
