@@ -60,9 +60,9 @@ def group_shards(shards: Sequence[Shard], *, num_groups: int) -> list[list[Shard
     total = sum(shard.size_bytes for shard in shards)
     most = min(_TASK_BYTES, max(1, total // max(1, num_groups)))
     groups: list[list[Shard]] = []
-    size = most
+    size = 0
     for shard in shards:
-        if size + shard.size_bytes > most:
+        if not groups or size + shard.size_bytes > most:
             groups.append([])
             size = 0
         groups[-1].append(shard)
