@@ -1,0 +1,74 @@
+"""Counters, limits and the books of a run."""
+
+import logging
+
+import pytest
+
+from pipeline.errors import CorruptionError, TooManyFailuresError
+from pipeline.report import Counters, ImageCounts, configure_logging, show_progress
+
+
+def test_books_that_do_not_balance_are_an_error():
+    counts = ImageCounts(10, embedded=4, failed={"truncated": 1}, carried_over=3, removed=2)
+    assert counts.listed == 10
+    with pytest.raises(CorruptionError, match="11 images listed, 10 accounted for; run with --ver"):
+        ImageCounts(11, embedded=4, failed={"truncated": 1}, carried_over=3, removed=2)
+
+
+def count(ok: int, failed: int) -> Counters:
+    counters = Counters()
+    counters.statuses.update({"ok": ok, "truncated": failed})
+    return counters
+
+
+@pytest.mark.parametrize(
+    ("ok", "failed", "limit", "final", "stops"),
+    [
+        (10, 3, (3, None), False, False),
+        (10, 4, (3, None), False, True),
+        (0, 1, (0, None), False, True),
+        (0, 50, (None, 0.01), False, False),  # too early to judge a share
+        (0, 50, (None, 0.01), True, True),
+        (990, 10, (None, 0.01), False, False),
+        (989, 11, (None, 0.01), False, True),
+        (0, 10**6, (None, None), True, False),
+        (0, 0, (None, 0.0), True, False),
+    ],
+)
+def test_a_run_stops_above_its_limit_and_not_at_it(ok, failed, limit, final, stops):
+    counters = count(ok, failed)
+    if not stops:
+        counters.check_limit(*limit, final=final)
+        return
+    with pytest.raises(TooManyFailuresError) as caught:
+        counters.check_limit(*limit, final=final)
+    assert f"{failed} of {ok + failed} images failed ({failed} truncated)" in str(caught.value)
+    assert "committed shards stay" in str(caught.value)
+    assert caught.value.exit_code == 3
+
+
+def test_without_a_terminal_progress_is_a_log_line(caplog, monkeypatch):
+    monkeypatch.setattr("pipeline.report._LOG_EVERY_S", 0.0)
+    monkeypatch.setattr("pipeline.report.LOG.handlers", [caplog.handler])
+    monkeypatch.setattr("pipeline.report.LOG.propagate", False)
+    with caplog.at_level(logging.INFO, "pipeline"), show_progress(1000) as progress:
+        progress.update(images=5, failures=1, done_bytes=250)
+    (record,) = caplog.records
+    assert "progress images=5 failed=1" in record.getMessage()
+    assert "done=25.0%" in record.getMessage()
+
+
+def test_log_lines_go_to_standard_error_once(capsys):
+    logger = logging.getLogger("pipeline")
+    before = (list(logger.handlers), logger.level, logger.propagate)
+    try:
+        configure_logging("warning")
+        configure_logging("warning")
+        logger.warning("event=%s", "one")
+        logging.getLogger("pipeline.lease").info("unseen")
+    finally:
+        logger.handlers[:], logger.level, logger.propagate = before
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("WARNING event=one") == 1
+    assert "unseen" not in captured.err
