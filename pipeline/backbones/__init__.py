@@ -3,6 +3,9 @@
 import os
 from typing import TypeAlias
 
+import torch
+from torch import nn
+
 from pipeline.backbones.config import BackboneConfig
 from pipeline.backbones.cspdarknet import CspDarknet
 from pipeline.backbones.efficientnetv2 import EfficientNetV2
@@ -67,8 +70,21 @@ def create_backbone(
     if num_classes is not None and num_classes < 0:
         raise SettingsError(f"num_classes is {num_classes}; use 0 for embeddings, or more")
     classes = _PRETRAINED_CLASSES if num_classes is None else num_classes
-    backbone: Backbone = config.network(config, num_classes=classes, features_only=features_only)
-    if weights is not None:
-        loaded = weights if isinstance(weights, LoadedWeights) else load_weights(name, weights)
-        apply_weights(backbone, loaded, keep_classifier=num_classes is None)
+    if weights is None:
+        return _build(config, classes, features_only)
+    loaded = weights if isinstance(weights, LoadedWeights) else load_weights(name, weights)
+    with torch.device("meta"):
+        backbone = _build(config, classes, features_only)
+    backbone.to_empty(device="cpu")  # saves the time to initialise what the weights replace
+    classifier = backbone.get_submodule(config.classifier)
+    if isinstance(classifier, nn.Conv2d | nn.Linear):
+        classifier.reset_parameters()
+    apply_weights(backbone, loaded, config=config, keep_classifier=num_classes is None)
+    return backbone
+
+
+def _build(config: BackboneConfig, num_classes: int, features_only: bool) -> Backbone:
+    backbone: Backbone = config.network(
+        config, num_classes=num_classes, features_only=features_only
+    )
     return backbone.eval()

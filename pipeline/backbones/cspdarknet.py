@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backbones.config import BackboneConfig, describe_maps
-from pipeline.backbones.layers import ConvBnAct, LinearHead
+from pipeline.backbones.layers import ConvBnAct, LinearHead, run_stages
 
 _STEM_CHANNELS = 32
 # (input, output, expanded, block's inner channels, blocks) of each stage
@@ -116,11 +116,7 @@ class CspDarknet(nn.Module):
     def forward_maps(self, images: Tensor) -> list[Tensor]:
         """Return the feature maps of ``feature_info``."""
         x = self.stem(images)
-        maps = [x]
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return maps
+        return [x, *run_stages(self.stages, x)]
 
 
 CSPDARKNET53 = BackboneConfig(

@@ -21,6 +21,7 @@ from pipeline.backbones.layers import (
     make_batch_norm,
     make_conv,
     pool_to_vector,
+    run_stages,
 )
 
 _STEM_CHANNELS = 32
@@ -158,13 +159,8 @@ class EfficientNetV2(nn.Module):
 
     def forward_maps(self, images: Tensor) -> list[Tensor]:
         """Return the feature maps of ``feature_info``; the head convolution is not run."""
-        x = self._forward_stem(images)
-        maps = []
-        for index, stage in enumerate(self.blocks):
-            x = stage(x)
-            if index in _TAPPED_STAGES:
-                maps.append(x)
-        return maps
+        outputs = run_stages(self.blocks, self._forward_stem(images))
+        return [outputs[index] for index in _TAPPED_STAGES]
 
     def _forward_stem(self, images: Tensor) -> Tensor:
         y: Tensor = self.act(self.bn1(self.conv_stem(images)))

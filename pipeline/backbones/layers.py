@@ -38,6 +38,15 @@ def pool_to_vector(features: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(features, 1).flatten(1)
 
 
+def run_stages(stages: nn.Sequential, x: Tensor) -> list[Tensor]:
+    """Return the outputs of all stages, each of which takes the one before it."""
+    outputs = []
+    for stage in stages:
+        x = stage(x)
+        outputs.append(x)
+    return outputs
+
+
 class ConvBnAct(nn.Module):
     """Convolution, batch norm, activation; the unit of the VoVNet and the CSP network."""
 

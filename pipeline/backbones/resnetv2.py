@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from pipeline.backbones.config import BackboneConfig, describe_maps
-from pipeline.backbones.layers import ConvBnPairs, make_batch_norm, make_conv
+from pipeline.backbones.layers import ConvBnPairs, make_batch_norm, make_conv, run_stages
 
 _STEM_CHANNELS = 64
 # (blocks, input channels, output channels, stride of the first block) of each stage
@@ -128,12 +128,7 @@ class ResNetV2(nn.Module):
         """Return the feature maps of ``feature_info``: raw sums, without the final norm."""
         conv, pool = self.stem
         x = conv(images)
-        maps = [x]
-        x = pool(x)
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return maps
+        return [x, *run_stages(self.stages, pool(x))]
 
 
 RESNETV2_50 = BackboneConfig(

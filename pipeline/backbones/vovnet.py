@@ -19,6 +19,7 @@ from pipeline.backbones.layers import (
     LinearHead,
     make_batch_norm,
     make_conv,
+    run_stages,
 )
 
 _STEM_CHANNELS = 64
@@ -147,12 +148,7 @@ class VovNet(nn.Module):
     def forward_maps(self, images: Tensor) -> list[Tensor]:
         """Return the feature maps of ``feature_info``."""
         x = self.stem[1](self.stem[0](images))
-        maps = [x]
-        x = self.stem[2](x)
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)
-        return maps
+        return [x, *run_stages(self.stages, self.stem[2](x))]
 
 
 ESE_VOVNET19B_DW = BackboneConfig(

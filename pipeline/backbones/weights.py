@@ -117,12 +117,15 @@ def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def apply_weights(network: nn.Module, loaded: LoadedWeights, *, keep_classifier: bool) -> None:
+def apply_weights(
+    network: nn.Module, loaded: LoadedWeights, *, config: BackboneConfig, keep_classifier: bool
+) -> None:
     """Copy weights into a network.
 
     Args:
         network: A network of the backbone, with any number of classes.
         loaded: The weights.
+        config: The backbone.
         keep_classifier: Ask for the classifier of the weights. Otherwise it is taken where it has
             the network's number of classes, and the network's own stays where it has not.
 
@@ -132,13 +135,13 @@ def apply_weights(network: nn.Module, loaded: LoadedWeights, *, keep_classifier:
     expected = network.state_dict()
     state_dict = dict(loaded.state_dict)
     if not keep_classifier:
-        prefix = find_backbone(loaded.backbone).classifier + "."
+        prefix = config.classifier + "."
         for key in [key for key in state_dict if key.startswith(prefix)]:
             if key not in expected or expected[key].shape != state_dict[key].shape:
                 del state_dict[key]
         own = {key: expected[key] for key in expected if key.startswith(prefix)}
         state_dict = own | state_dict
-    _check_fit(state_dict, expected, loaded=loaded)
+    _check_fit(state_dict, expected, source=loaded.source, backbone=config.name)
     network.load_state_dict(state_dict)
 
 
@@ -204,8 +207,7 @@ def _fit_checkpoint(
     for key, tensor in expected.items():
         if key.endswith(_BATCH_COUNTER):
             state_dict.setdefault(key, torch.zeros(tensor.shape, dtype=tensor.dtype))
-    loaded = LoadedWeights(config.name, state_dict, source, revision)
-    _check_fit(state_dict, expected, loaded=loaded)
+    _check_fit(state_dict, expected, source=source, backbone=config.name)
     fitted = {key: state_dict[key].to(tensor.dtype) for key, tensor in expected.items()}
     return LoadedWeights(config.name, fitted, source, revision)
 
@@ -244,7 +246,11 @@ def _strip_prefixes(key: str) -> str:
 
 
 def _check_fit(
-    state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, loaded: LoadedWeights
+    state_dict: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    *,
+    source: str,
+    backbone: str,
 ) -> None:
     problems = {
         "missing": [key for key in expected if key not in state_dict],
@@ -264,9 +270,7 @@ def _check_fit(
     }
     found = [f"{kind}: {_shorten(keys)}" for kind, keys in problems.items() if keys]
     if found:
-        raise WeightsError(
-            f"the weights in {loaded.source!r} do not fit {loaded.backbone}; {'; '.join(found)}"
-        )
+        raise WeightsError(f"the weights in {source!r} do not fit {backbone}; {'; '.join(found)}")
 
 
 def _shorten(keys: Iterable[str]) -> str:

@@ -28,3 +28,9 @@ def seeded_weights():
 @pytest.fixture(params=list_backbones())
 def name(request):
     return request.param
+
+
+@pytest.fixture
+def state_dict(seeded_weights):
+    """Weights of fbnetv3_b, to be changed at will."""
+    return dict(seeded_weights("fbnetv3_b.ra2_in1k").state_dict)

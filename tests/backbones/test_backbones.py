@@ -31,8 +31,14 @@ CARD_MAPS = {
 }
 
 
-def call_without_computing(backbone, size):
-    return backbone.to("meta")(torch.empty(2, 3, size, size, device="meta"))
+def sketch(name, **settings):
+    """Return a backbone of shapes without numbers, on which a call costs nothing."""
+    with torch.device("meta"):
+        return create_backbone(name, weights=None, **settings)
+
+
+def draw_shapes(size):
+    return torch.empty(2, 3, size, size, device="meta")
 
 
 def test_there_are_five_backbones():
@@ -41,23 +47,23 @@ def test_there_are_five_backbones():
 
 def test_a_call_gives_1000_logits_n_logits_or_the_embedding(name):
     for num_classes, width in ((None, 1000), (7, 7), (0, WIDTHS[name])):
-        backbone = create_backbone(name, weights=None, num_classes=num_classes)
+        backbone = sketch(name, num_classes=num_classes)
         assert not backbone.training
-        assert call_without_computing(backbone, 64).shape == (2, width)
+        assert backbone(draw_shapes(64)).shape == (2, width)
         assert backbone.embedding_dim == WIDTHS[name]
         assert backbone.config.name == name
 
 
 def test_feature_maps_have_the_shapes_of_the_card(name):
     size, expected = CARD_MAPS[name]
-    maps = call_without_computing(create_backbone(name, weights=None, features_only=True), size)
+    maps = sketch(name, features_only=True)(draw_shapes(size))
     assert [tuple(m.shape) for m in maps] == [(2, width, side, side) for width, side in expected]
 
 
 def test_feature_maps_come_at_any_size_with_their_described_widths(name):
-    backbone = create_backbone(name, weights=None, features_only=True)
+    backbone = sketch(name, features_only=True)
     for size in (32, 161):
-        maps = call_without_computing(backbone, size)
+        maps = backbone(draw_shapes(size))
         assert [m.shape[1] for m in maps] == [tap["num_chs"] for tap in backbone.feature_info]
 
 
@@ -121,3 +127,9 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(wrong, nearest):
 def test_a_negative_number_of_classes_is_refused():
     with pytest.raises(SettingsError, match="num_classes is -1; use 0 for embeddings, or more"):
         create_backbone("fbnetv3_b.ra2_in1k", weights=None, num_classes=-1)
+
+
+def test_without_weights_a_backbone_has_finite_default_ones():
+    backbone = create_backbone("fbnetv3_b.ra2_in1k", weights=None)
+    assert all(parameter.isfinite().all() for parameter in backbone.parameters())
+    assert backbone.classifier.weight.std() > 0

@@ -22,13 +22,18 @@ TEST_SIZES = {
 }
 
 
+def sketch(name):
+    with torch.device("meta"):
+        return create_backbone(name, weights=None)
+
+
 def count(name, size):
     """Return multiply-adds and activations of one image, counted as the cards do.
 
     Activations are the outputs of convolutions and linear layers; a batch norm costs two
     multiply-adds per value. Runs on shapes alone.
     """
-    backbone = create_backbone(name, weights=None).to("meta")
+    backbone = sketch(name)
     multiply_adds, activations = [], []
 
     def add(module, inputs, output):
@@ -46,8 +51,7 @@ def count(name, size):
 
 
 def test_the_number_of_parameters_is_the_cards(name):
-    backbone = create_backbone(name, weights=None)
-    parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    parameters = sum(parameter.numel() for parameter in sketch(name).parameters())
     assert round(parameters / 1e6, 1) == CARDS[name][0]
 
 
