@@ -11,7 +11,7 @@ S3_PORT="${S3_PORT:-9090}"
 # One block of ports, so that several clusters can share a machine.
 RAY_PORT="${RAY_PORT:-6400}"
 # Not under DEV: the path of a Unix socket has 107 bytes at most.
-RAY_TMP="/tmp/ray-dev-$(id -u)"
+RAY_TMP="${RAY_TMP:-/tmp/ray-dev-$(id -u)}"
 DASHBOARD="http://127.0.0.1:$((RAY_PORT + 1))"
 
 alive() { [ -f "$DEV/$1.pid" ] && kill -0 "$(cat "$DEV/$1.pid")" 2>/dev/null; }
@@ -82,13 +82,14 @@ ENV
 }
 
 fill_bucket() {
-  python infra/demo_pictures.py demo/shards >&2
-  python - <<'PY'
+  python infra/demo_pictures.py "$DEV/photos" >&2
+  python - "$DEV/photos" <<'PY'
+import sys
 from pathlib import Path
 from pipeline.storage import Storage
 storage = Storage()
 there = {info.uri.rsplit("/", 1)[-1] for info in storage.list_objects("s3://dev/photos")}
-for path in sorted(Path("demo/shards").glob("*.tar")):
+for path in sorted(Path(sys.argv[1]).glob("*.tar")):
     if path.name not in there:
         storage.upload(path, f"s3://dev/photos/{path.name}")
 PY
