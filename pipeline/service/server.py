@@ -69,6 +69,7 @@ def serve_here(config: ServeConfig) -> ServeReport:
     started_s = time.monotonic()
     server = make_server(build_app(config), config)
     sock = server.config.bind_socket()
+    sock.listen(server.config.backlog)  # whoever reads the log line below may connect at once
     host, port = sock.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     log.info("serving %s on %s", config.index, url)
