@@ -52,6 +52,5 @@ PY
 say "indexing"
 python jobs/index.py --embeddings "$OUT/embeddings" --index "$OUT/index" >"$OUT/index.json"
 KEY="${KEY:-pictures-00000.tar/zebra-000.jpg}"
-say "neighbours of $KEY"
 python jobs/search.py --index "$OUT/index" --key "$KEY" -k 8 --html "$OUT/neighbours.html"
 say "open $OUT/neighbours.html to see them; another: KEY=pictures-00000.tar/sea-000.jpg bash infra/demo.sh"
