@@ -224,7 +224,9 @@ def estimate_recall(found: Floats, truth: Floats, rank: int) -> tuple[float, flo
     shares = hits[usable] / possible[usable]
     mean, count = float(shares.mean()), len(shares)
     spread = float(shares.var())
-    trials = count if spread == 0 else max(count, count * mean * (1 - mean) / spread)
+    trials = float(count)
+    if spread > 0:
+        trials = min(rank * trials, max(trials, trials * mean * (1 - mean) / spread))
     centre = (mean + Z_95**2 / (2 * trials)) / (1 + Z_95**2 / trials)
     half = Z_95 * math.sqrt(mean * (1 - mean) / trials + (Z_95 / (2 * trials)) ** 2)
     half /= 1 + Z_95**2 / trials

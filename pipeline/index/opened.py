@@ -224,8 +224,9 @@ class Segment:
             scanner = ds.dataset(self._keys).scanner(columns={"kept": where})
             kept = scanner.to_table().column("kept")
         except (pa.ArrowException, KeyError) as error:
+            reason = str(error).split(" in key: ")[0]
             columns = ", ".join(self._keys.column_names)
-            raise QueryError(f"cannot filter by {where}: {error}; columns: {columns}") from error
+            raise QueryError(f"cannot filter by {where}: {reason}; columns: {columns}") from error
         if not pa.types.is_boolean(kept.type):
             raise QueryError(f"the filter {where} is no condition; compare a column with a value")
         return kept.fill_null(False).to_numpy().astype(bool)  # type: ignore[no-any-return]

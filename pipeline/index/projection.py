@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +13,6 @@ from pipeline.errors import CorruptionError
 from pipeline.index.files import FileStore
 from pipeline.index.manifest import FileInfo, digest_bytes, put_file
 from pipeline.storage import Storage
-
-if TYPE_CHECKING:
-    from pipeline.index.opened import Generation
 
 MAX_POINTS = 4000
 """More points than anybody can tell apart; enough to see what lies where."""
@@ -77,18 +73,6 @@ def write_map(points: MapPoints, index: str, storage: Storage) -> FileInfo:
     """Write the map of a generation that is about to be published; its manifest names it."""
     data = points.to_json()
     return put_file(index, f"maps/{digest_bytes(data)[:16]}.json", data, storage)
-
-
-def map_generation(opened: "Generation", *, max_points: int = MAX_POINTS) -> MapPoints:
-    """Lay out a sample of an opened generation; the same rows give the same map."""
-    numbers, rows = opened.sample(max_points, np.random.default_rng(0))
-    keys: list[str] = []
-    vectors = [np.zeros((0, opened.manifest.dim), np.float32)]
-    for number, segment in enumerate(opened.segments):
-        chosen = np.sort(rows[numbers == number])
-        keys += segment.read_keys(chosen).column("key").to_pylist()
-        vectors.append(segment.read_vectors(chosen))
-    return compute_map(np.concatenate(vectors), keys, max_points=max_points)
 
 
 def compute_map(

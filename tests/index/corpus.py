@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from pipeline.config import IndexConfig
+from pipeline.index.build import build_index
 from pipeline.index.synthetic import generate_vectors
 from pipeline.parts import (
     OutputInfo,
@@ -20,6 +22,7 @@ from pipeline.records import Commit, Layout, Space
 from pipeline.storage import Storage
 
 STORAGE = Storage()
+CLUSTERS = 40
 
 
 def make_space(dim: int, **changes: object) -> Space:
@@ -67,7 +70,7 @@ class Corpus:
         names: list[str] | None = None,
         statuses: dict[int, str] | None = None,
         contents: list[str] | None = None,
-        classes: list[str] | None = None,
+        rows: list[int] | None = None,
     ) -> str:
         """Commit a shard; an existing one of that name is superseded. Returns its id."""
         self._versions += 1
@@ -79,7 +82,7 @@ class Corpus:
             names=names,
             statuses=statuses,
             contents=contents,
-            classes=classes,
+            rows=rows,
         )
 
     def commit_shard(
@@ -91,11 +94,11 @@ class Corpus:
         names: list[str] | None = None,
         statuses: dict[int, str] | None = None,
         contents: list[str] | None = None,
-        classes: list[str] | None = None,
+        rows: list[int] | None = None,
     ) -> str:
         names = names or [f"{row:06d}.jpg" for row in range(len(vectors))]
         keys = [f"{name}/{item}" for item in names]
-        table = self._make_table(name, keys, vectors, statuses or {}, contents, classes)
+        table = self._make_table(name, keys, vectors, statuses or {}, contents, rows)
         parts = [
             write_part(
                 self.output,
@@ -138,6 +141,17 @@ class Corpus:
         for key in self.keys.pop(name):
             self.vectors.pop(key, None)
 
+    def extend(self, name: str, *, rows: int, seed: int) -> str:
+        """Add a shard of new images of the same collection."""
+        return self.add_shard(name, draw_vectors(rows, self.dim, seed=seed))
+
+    def drop_rows(self, name: str, *, every: int) -> str:
+        """Replace a shard by one without every n-th image; the others stay as they were."""
+        keep = [row for row in range(len(self.keys[name])) if row % every]
+        names = [self.keys[name][row].split("/", 1)[1] for row in keep]
+        vectors = np.stack([self.vectors[self.keys[name][row]] for row in keep])
+        return self.add_shard(name, vectors, names=names, rows=keep)
+
     def _make_table(
         self,
         name: str,
@@ -145,34 +159,53 @@ class Corpus:
         vectors: np.ndarray,
         statuses: dict[int, str],
         contents: list[str] | None,
-        classes: list[str] | None,
+        places: list[int] | None,
     ) -> pa.Table:
         contents = contents or keys
+        places = places or list(range(len(keys)))
         rows = range(len(keys))
         embeddings = [None if row in statuses else vectors[row].tolist() for row in rows]
         columns = {
             "key": keys,
             "shard": [f"/pictures/{name}"] * len(keys),
-            "row": list(rows),
+            "row": places,
             "status": [statuses.get(row, "ok") for row in rows],
             "error": ["broken" if row in statuses else None for row in rows],
             "width": [64] * len(keys),
             "height": [48] * len(keys),
-            "offset": [512 * row for row in rows],
+            "offset": [512 * place for place in places],
             "nbytes": [100] * len(keys),
             "sha256": [hashlib.sha256(item.encode()).digest()[:16] for item in contents],
             "embedding": pa.array(embeddings, pa.list_(pa.float32(), self.dim)),
         }
         for column in self.carry:
-            columns[column] = classes or [f"class {row % 10}" for row in rows]
+            columns[column] = [f"class {place % 10}" for place in places]
         return pa.table(columns, schema=self.info.schema)
+
+
+@dataclass(frozen=True)
+class Built:
+    """An index and what should be in it."""
+
+    corpus: Corpus
+    index: str
+
+
+def build(corpus: Corpus, index: str, **settings: object) -> dict:
+    """Run the index job; return its report."""
+    config = IndexConfig(index=index, embeddings=corpus.output, **settings)
+    return build_index(config).to_dict()
+
+
+def draw_vectors(rows: int, dim: int, *, seed: int) -> np.ndarray:
+    return generate_vectors(rows, dim, seed=seed, clusters=CLUSTERS)
 
 
 def make_corpus(
     folder: Path, *, rows: int = 2000, dim: int = 64, shards: int = 4, seed: int = 0
 ) -> Corpus:
     corpus = Corpus(str(folder), dim)
-    vectors = generate_vectors(rows, dim, seed=seed, clusters=max(10, rows // 50))
+    vectors = draw_vectors(rows, dim, seed=seed)
     for number, block in enumerate(np.array_split(vectors, shards)):
         corpus.add_shard(f"shard-{number:03d}.tar", block)
     return corpus

@@ -1,0 +1,105 @@
+import pytest
+
+from pipeline.errors import SettingsError
+from pipeline.index.selection import KINDS, make_plan, outgrew, show_bytes
+
+GB = 10**9
+WIDTHS = (1024, 2152, 1984, 2048, 1024)
+
+
+def plan(rows, dim=1024, **settings):
+    return make_plan(rows, dim, **{"memory_bytes": 8 * GB, "target_recall": 0.95} | settings)
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "factory", "segments"),
+    [
+        (1, "flat", "Flat", 1),
+        (50_000, "flat", "Flat", 1),
+        (50_001, "rabitq", "HR,RaBitQfs", 1),
+        (1_000_000, "rabitq", "HR,RaBitQfs", 1),
+        (1_000_001, "ivf-rabitq", "HR,IVF4096_HNSW32,RaBitQfs", 1),
+        (10_000_000, "ivf-rabitq", "HR,IVF16384_HNSW32,RaBitQfs", 1),
+        (40_000_000, "ivf-rabitq", "HR,IVF32768_HNSW32,RaBitQfs", 2),
+    ],
+)
+def test_rows_decide_the_kind(rows, kind, factory, segments):
+    chosen = plan(rows)
+    assert (chosen.kind, chosen.factory, chosen.segments) == (kind, factory, segments)
+
+
+def test_a_billion_rows_fit_a_cluster_budget_in_segments():
+    chosen = plan(1_000_000_000, memory_bytes=200 * GB)
+    assert chosen.lists == 65_536
+    assert chosen.segments == 50
+    assert 140 * GB < chosen.memory_bytes < 180 * GB
+
+
+@pytest.mark.parametrize("dim", WIDTHS)
+@pytest.mark.parametrize("rows", [1000, 200_000, 5_000_000])
+def test_all_widths_get_a_plan(dim, rows):
+    chosen = plan(rows, dim)
+    rotated = chosen.factory.startswith("HR,")
+    assert rotated == (chosen.kind != "flat" and dim != 2152)  # 2152 would be padded to 4096
+
+
+def test_a_small_memory_budget_leads_to_codes():
+    assert plan(50_000, memory_bytes=100 * 10**6).kind == "rabitq"
+
+
+def test_perfect_recall_asks_for_flat_while_it_fits():
+    assert plan(1_000_000, target_recall=1.0).kind == "flat"
+    assert plan(5_000_000, target_recall=1.0).kind == "ivf-rabitq"
+
+
+def test_a_budget_that_nothing_fits_is_refused_with_both_sizes():
+    message = r"100,000,000 rows of 1024 need 15\.\d GB even as 1-bit codes; .* 1 GB"
+    with pytest.raises(SettingsError, match=message):
+        plan(100_000_000, memory_bytes=GB)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_explicit_kind_is_taken_as_it_is(kind):
+    chosen = plan(3000, kind=kind)
+    assert chosen.kind == kind
+    assert "as asked" in chosen.reason
+
+
+def test_an_unknown_kind_names_those_there_are():
+    with pytest.raises(SettingsError, match="kind is 'pq'; use auto, flat, rabitq"):
+        plan(3000, kind="pq")
+
+
+def test_the_reason_is_one_line_with_rows_width_and_memory():
+    reason = plan(200_000).reason
+    assert "\n" not in reason
+    assert reason.startswith("rabitq: 1-bit codes")
+    assert "200,000 rows of 1024" in reason
+    assert "MB in memory" in reason
+
+
+def test_segments_keep_a_build_within_half_the_memory():
+    chosen = plan(4_000_000, kind="flat", memory_bytes=8 * GB)
+    assert chosen.segments == 5
+    assert 4_000_000 / chosen.segments * 4096 <= 4 * GB
+
+
+def test_the_sample_stays_within_half_the_memory():
+    chosen = plan(50_000_000, memory_bytes=10 * GB)
+    assert chosen.sample_rows * 4096 <= 5 * GB
+
+
+def test_an_index_at_a_limit_does_not_change_its_kind_every_night():
+    assert not outgrew("flat", 55_000, "rabitq")
+    assert outgrew("flat", 61_000, "rabitq")
+    assert not outgrew("rabitq", 40_000, "flat")
+    assert not outgrew("ivf-rabitq", 10_000_000, "ivf-rabitq")
+
+
+def test_sizes_are_written_for_people():
+    assert [show_bytes(n) for n in (999, 1500, 2_500_000, 3e12)] == [
+        "999 B",
+        "1.5 kB",
+        "2.5 MB",
+        "3 TB",
+    ]
