@@ -2,7 +2,7 @@
 
 import io
 import tarfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,6 @@ from PIL import Image, ImageDraw
 from pipeline.config import IndexConfig
 from pipeline.images import image_digest
 from pipeline.index.build import build_index
-from pipeline.index.files import FileStore
-from pipeline.index.manifest import read_manifest, read_pointer
-from pipeline.index.opened import Generation
-from pipeline.index.projection import map_generation, write_map
-from pipeline.index.publish import name_generation, publish
 from pipeline.index.search import SearchIndex
 from pipeline.parts import OutputInfo, claim_output, write_commit, write_part
 from pipeline.records import Commit, Layout, Space
@@ -121,17 +116,6 @@ class Gallery:
         # Forced: 16 dimensions round too coarsely in float16 for the gates of real embeddings.
         settings = {"index": self.index, "embeddings": self.output, "workers": "local"}
         build_index(IndexConfig(**settings, force=True))
-        self._publish_map()
-
-    def _publish_map(self) -> None:
-        before = read_pointer(self.index, STORAGE)
-        manifest = read_manifest(self.index, before[0], STORAGE)
-        if manifest.map is None:
-            files = FileStore(self.index, STORAGE, self.folder / "cache")
-            points = map_generation(Generation(manifest, files))
-            file = write_map(points, self.index, STORAGE)
-            name = name_generation(manifest.seq)
-            publish(self.index, replace(manifest, generation=name, map=file), before, STORAGE)
 
     def open(self) -> SearchIndex:
         return SearchIndex.open(self.index)
