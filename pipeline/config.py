@@ -71,8 +71,13 @@ class EmbedConfig:
     """train, test, or a number of pixels."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward pass."""
-    decode: Literal["exact", "fast"] = "exact"
-    """exact equals the reference bit for bit; fast lets the JPEG decoder scale down."""
+    engine: Literal["torch", "torch-compile", "openvino"] = "torch"
+    """What computes the forward pass; compiling takes a minute, openvino needs its extra."""
+    decode: Literal["exact", "fast", "gpu"] = "exact"
+    """exact equals the reference bit for bit; fast lets the JPEG decoder scale down; gpu decodes
+    JPEGs and resizes on the GPU, and needs the gpu-decode extra."""
+    decode_stage: bool = False
+    """Decode in a stage of its own on the CPUs of all nodes; 8-bit crops travel to the GPUs."""
     exif: Literal["apply", "ignore"] = "apply"
     """Turn pictures as their EXIF orientation says; ignore is what the reference does."""
     input_kind: Literal["auto", "tar", "parquet", "images", "list"] = "auto"
@@ -335,8 +340,12 @@ class IndexConfig:
 class SearchConfig:
     """Find the nearest neighbours of a picture, of a key, or of vectors."""
 
-    index: str
+    index: str = ""
     """The index: a path or URI."""
+    url: str = ""
+    """A running lookup service to ask instead, e.g. http://127.0.0.1:8000."""
+    api_key_file: str | None = None
+    """File whose first line is the service's API key."""
     image: str | None = None
     """Picture to search with: a path or URI; embedded exactly as the index's images were."""
     key: str | None = None
@@ -361,6 +370,11 @@ class SearchConfig:
     """How to reach object storage."""
 
     def __post_init__(self) -> None:
+        if bool(self.index) == bool(self.url):
+            raise SettingsError("pass either --index, or --url of a running lookup service")
+        for name in ("html", "generation") if self.url else ():
+            if getattr(self, name) is not None:
+                raise SettingsError(f"--{name} needs --index; a service shows its own pages")
         given = [name for name in ("image", "key", "vector") if getattr(self, name) is not None]
         if len(given) != 1:
             raise SettingsError(

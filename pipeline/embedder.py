@@ -30,6 +30,7 @@ from pipeline.engines import (
     measure_deviation,
 )
 from pipeline.errors import CorruptionError
+from pipeline.gpudecode import GpuCropMaker
 from pipeline.images import ImageLimits
 from pipeline.records import Classes, Embedding, Record, Space
 from pipeline.storage import Storage
@@ -80,6 +81,19 @@ class EmbeddedBatch:
     seconds: dict[str, float]
 
 
+def make_crop_maker(space: Space, options: EmbedderOptions) -> CropMaker:
+    """Return what decodes for a space; without a GPU, Pillow stands in for a GPU's decoder."""
+    host = HostCropMaker(
+        space,
+        limits=options.limits,
+        threads=options.decode_threads,
+        timeout_s=options.image_timeout_s,
+    )
+    if space.decode != "gpu" or options.device == "cpu":
+        return host
+    return GpuCropMaker(space, device=options.device, limits=options.limits, host=host)
+
+
 class Embedder:
     """Embeds encoded images into one space.
 
@@ -113,12 +127,7 @@ class Embedder:
         self.batch_size = self.options.batch_size
         self.num_oom_halvings = 0
         self._engine, self.deviation = self._build_engine(weights, storage)
-        self._crops: CropMaker = HostCropMaker(
-            space,
-            limits=self.options.limits,
-            threads=self.options.decode_threads,
-            timeout_s=self.options.image_timeout_s,
-        )
+        self._crops = make_crop_maker(space, self.options)
         self._lock = threading.Lock()
         self._spare: list[Pixels] = []
 

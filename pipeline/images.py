@@ -181,6 +181,36 @@ def _ignore_pillow_warnings() -> None:
         warnings.filterwarnings("ignore", module=_PILLOW_MODULES.pattern)
 
 
+@dataclass(frozen=True, slots=True)
+class ImageHeader:
+    """What an image says of itself before it is decoded.
+
+    Attributes:
+        format: Pillow's name, e.g. ``"JPEG"``.
+        mode: Pillow's mode, e.g. ``"RGB"``.
+        size: Width and height as stored, pixels.
+        orientation: EXIF orientation, 1 to 8.
+    """
+
+    format: str
+    mode: str
+    size: tuple[int, int]
+    orientation: int
+
+
+def read_header(data: bytes, *, limits: ImageLimits) -> ImageHeader | None:
+    """Return the header, or None of an image that ``decode_image`` may refuse."""
+    try:
+        _refuse_by_length(data, limits)
+        image = _open_image(data)
+        width, height = image.size
+        if not 0 < width * height <= limits.max_pixels:
+            return None
+        return ImageHeader(image.format or "", image.mode, image.size, _read_orientation(image))
+    except Exception:  # decoders raise anything on hostile bytes; decode_image says what is wrong
+        return None
+
+
 def _decode(
     data: bytes, limits: ImageLimits, *, exif: Exif, draft_size: int | None
 ) -> DecodedImage:

@@ -13,6 +13,7 @@ from pipeline.backbones import (
     weights_digest,
 )
 from pipeline.config import EmbedConfig, parse_size
+from pipeline.gpudecode import find_gpu_decoder_version
 from pipeline.parts import OutputInfo, claim_output, read_output_info
 from pipeline.readers import carried_schema
 from pipeline.records import Layout, Space
@@ -50,7 +51,7 @@ def describe_output(
         decode=config.decode,
         precision=config.precision,
         dim=create_backbone(config.model, weights=None, num_classes=0).embedding_dim,
-        versions={"pillow": PIL.__version__, "preprocessing": _PREPROCESSING_VERSION},
+        versions=_list_versions(config),
     )
     layout = Layout(
         chunk_images=config.chunk_images,
@@ -70,6 +71,14 @@ def describe_output(
         weights_revision=weights.revision if weights else None,
     )
     return info, weights
+
+
+def _list_versions(config: EmbedConfig) -> dict[str, str]:
+    """Return the versions of what decides the pixels."""
+    versions = {"pillow": PIL.__version__, "preprocessing": _PREPROCESSING_VERSION}
+    if config.decode == "gpu":
+        versions["torchvision"] = find_gpu_decoder_version()
+    return versions
 
 
 def _is_reproducible(weights: str) -> bool:

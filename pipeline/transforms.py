@@ -142,15 +142,22 @@ def resize_and_crop(
     """
     if image.mode != "RGB":
         raise ValueError(f"the picture has mode {image.mode}; convert it to RGB first")
-    new_size = _fit_short_side(size or image.size, data_config.resize_size)
-    left, top = (_centre(length, data_config.image_size) for length in new_size)
-    crop = (left, top, left + data_config.image_size, top + data_config.image_size)
+    new_size, crop = locate_crop(size or image.size, data_config)
     resample = _FILTERS[data_config.interpolation]
     if box is None and max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
         return resize_strip(image, new_size, box=crop, resample=resample)
     if box is not None or image.size != new_size:
         image = image.resize(new_size, resample, box)
     return np.array(image.crop(crop))
+
+
+def locate_crop(
+    size: tuple[int, int], data_config: DataConfig
+) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """Return width and height after the resize, and the crop's left, top, right and bottom."""
+    new_size = _fit_short_side(size, data_config.resize_size)
+    left, top = (_centre(length, data_config.image_size) for length in new_size)
+    return new_size, (left, top, left + data_config.image_size, top + data_config.image_size)
 
 
 def normalise(batch: Tensor, data_config: DataConfig) -> Tensor:
