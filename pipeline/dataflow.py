@@ -28,17 +28,24 @@ from ray.data.datasource import Datasource, ReadTask
 
 from pipeline.config import EmbedConfig, parse_size
 from pipeline.containers.found import ReadOptions
-from pipeline.embedder import Embedder, EmbedderOptions
+from pipeline.crops import CROPS_SCHEMA, Crop, pack_crops, unpack_crops
+from pipeline.embedder import Embedder, EmbedderOptions, make_crop_maker
+from pipeline.engines import EngineOptions, check_engine_options
 from pipeline.errors import AbortError, AccessError, ClusterError, SettingsError, StorageError
 from pipeline.images import ImageLimits
 from pipeline.loads import LOAD_SCHEMA, FailedShard, Load, group_shards, read_loads, unpack_loads
 from pipeline.metrics import ActorMetrics, LoadSample
 from pipeline.parts import OutputInfo, build_part, write_part
-from pipeline.records import Chunk, PartInfo, Record, Shard, count_statuses
+from pipeline.records import Chunk, Embedding, PartInfo, Record, Shard, count_statuses
 from pipeline.resources import Resources, fit_actors
 from pipeline.storage import Storage, join_uri
 
 _READ_CPUS = 0.05
+_WHOLE_LOADS: dict[str, Any] = {
+    "batch_size": None,
+    "batch_format": "pyarrow",
+    "zero_copy_batch": True,
+}
 _WRITE_ROUNDS = 3
 """How often a part is written, with all of storage's attempts each time: embedding costs more."""
 _LOAD_RETRIES = 8
@@ -176,18 +183,26 @@ def _build_flow(
             _ShardDatasource(groups, settings),
             override_num_blocks=len(groups),
             num_cpus=_READ_CPUS,
-            concurrency=_count_readers(resources),
-        ).map_batches(
+            concurrency=min(_count_readers(resources), len(groups)),
+        )
+        if resources.decoders:
+            dataset = dataset.map_batches(
+                _DecodeActor,
+                fn_constructor_kwargs={"settings": settings},
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=resources.decoders),
+                num_cpus=0.9,
+                max_task_retries=_LOAD_RETRIES,
+                **_WHOLE_LOADS,
+            )
+        dataset = dataset.map_batches(
             _EmbedActor,
             fn_constructor_kwargs={"settings": settings, "threads": _count_threads(resources)},
-            batch_size=None,
-            batch_format="pyarrow",
-            zero_copy_batch=True,
             compute=_choose_pool(resources),
             # slightly less than its cores, in Ray's books only: reading needs a share of them
             num_cpus=0.9 * resources.cpus,
             num_gpus=resources.gpus or None,
             max_task_retries=_LOAD_RETRIES,
+            **_WHOLE_LOADS,
         )
     batches: Iterable[pa.Table] = dataset.iter_batches(
         batch_size=None, batch_format="pyarrow", prefetch_batches=0
@@ -296,6 +311,20 @@ def _make_embedder(settings: FlowSettings, threads: int) -> Embedder:
     )
 
 
+class _DecodeActor:
+    """A process that turns loads into loads of crops, for embedders on other nodes."""
+
+    def __init__(self, settings: FlowSettings) -> None:
+        options = replace(settings.embedder, device="cpu", decode_threads=1)
+        self._crops = make_crop_maker(settings.info.space, options)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        tables = [
+            pack_crops(load, list(self._crops.make(load.records))) for load in unpack_loads(batch)
+        ]
+        return pa.concat_tables(tables)
+
+
 class _EmbedActor:
     """A process with an embedder; turns loads into parts and receipts."""
 
@@ -311,14 +340,19 @@ class _EmbedActor:
         self._metrics = ActorMetrics(settings.run_id)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        receipts = [receipt for load in unpack_loads(batch) for receipt in self._try_load(load)]
+        loads: Iterable[tuple[Load, list[Crop | Embedding] | None]]
+        if batch.schema.equals(CROPS_SCHEMA):
+            loads = unpack_crops(batch)
+        else:
+            loads = ((load, None) for load in unpack_loads(batch))
+        receipts = [receipt for item in loads for receipt in self._try_load(*item)]
         return pa.table({"receipt": pa.array(map(pickle.dumps, receipts), pa.binary())})
 
-    def _try_load(self, load: Load) -> list[Receipt]:
+    def _try_load(self, load: Load, crops: list[Crop | Embedding] | None) -> list[Receipt]:
         try:
             if self._failure is not None:
                 raise self._failure
-            return self._record(list(self._embed_load(load)))
+            return self._record(list(self._embed_load(load, crops)))
         except AbortError as error:
             return [Receipt("", -1, True, fatal=error)]
 
@@ -338,10 +372,13 @@ class _EmbedActor:
         )
         return receipts
 
-    def _embed_load(self, load: Load) -> Iterator[Receipt]:
+    def _embed_load(self, load: Load, crops: list[Crop | Embedding] | None) -> Iterator[Receipt]:
         for failed in load.failed:
             yield _describe_failed(failed)
-        outcome = self._embedder.embed([r for _, chunk in load.chunks for r in chunk.records])
+        if crops is None:
+            outcome = self._embedder.embed(load.records)
+        else:
+            outcome = self._embedder.embed_crops(crops)
         outcome = replace(outcome, seconds={"read": load.read_s} | outcome.seconds)
         embeddings = iter(outcome.embeddings)
         for shard, chunk in load.chunks:
@@ -356,7 +393,7 @@ class _EmbedActor:
                 chunk.last,
                 num_records=len(chunk.records),
                 part=part,
-                nbytes=sum(len(record.data) for record in chunk.records),
+                nbytes=sum(record.nbytes for record in chunk.records),
                 seconds=seconds,
                 notes=dict(chunk.notes),
                 batch_size=self._embedder.batch_size,
@@ -390,6 +427,15 @@ def _describe_failed(failed: FailedShard) -> Receipt:
     return Receipt(failed.shard_id, -1, True, fatal=error)
 
 
+def _check_device(config: EmbedConfig, device: str) -> None:
+    """Refuse what the actors' device cannot do, before any of them is started."""
+    check_engine_options(EngineOptions(config.engine, device, config.precision))
+    if config.decode == "gpu" and device == "cpu":
+        raise SettingsError("decode gpu needs GPUs, and Ray has none; use --decode exact or fast")
+    if config.decode == "gpu" and config.decode_stage:
+        raise SettingsError("decode gpu leaves nothing to a decode stage; drop --decode-stage")
+
+
 def make_flow_settings(
     config: EmbedConfig, info: OutputInfo, resources: Resources, *, run_id: str
 ) -> FlowSettings:
@@ -400,6 +446,7 @@ def make_flow_settings(
         timeout_s=config.image_timeout_s,
     )
     on_gpu = resources.gpus > 0
+    _check_device(config, "cuda" if on_gpu else "cpu")
     return FlowSettings(
         run_id=run_id,
         output=config.output,
@@ -416,6 +463,7 @@ def make_flow_settings(
         ),
         embedder=EmbedderOptions(
             device="cuda" if on_gpu else "cpu",
+            engine=config.engine,
             batch_size=config.batch_size or (128 if on_gpu else 16),
             decode_threads=_count_threads(resources),
             limits=limits,

@@ -15,7 +15,7 @@ import pyarrow as pa
 from pipeline.containers.found import ReadOptions
 from pipeline.errors import AbortError
 from pipeline.readers import read_chunks
-from pipeline.records import Chunk, Shard
+from pipeline.records import Chunk, Record, Shard
 from pipeline.storage import Storage
 
 _TASK_BYTES = 256 * 2**20
@@ -49,6 +49,11 @@ class Load:
     chunks: Sequence[tuple[Shard, Chunk]]
     failed: Sequence[FailedShard] = ()
     read_s: float = 0.0
+
+    @property
+    def records(self) -> list[Record]:
+        """The records of all chunks, in order."""
+        return [record for _, chunk in self.chunks for record in chunk.records]
 
 
 def group_shards(shards: Sequence[Shard], *, num_groups: int) -> list[list[Shard]]:

@@ -488,7 +488,7 @@ def build_part(
         "width": [embedding.width for embedding in embeddings],
         "height": [embedding.height for embedding in embeddings],
         "offset": [record.offset for record in records],
-        "nbytes": [len(record.data) for record in records],
+        "nbytes": [record.nbytes for record in records],
         "sha256": [embedding.digest for embedding in embeddings],
     }
     if "class_index" in schema.names:

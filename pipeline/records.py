@@ -220,6 +220,8 @@ class Record:
         carried: Carried columns by name.
         status: ``"ok"`` as far as reading goes, or why there is nothing to decode.
         error: The reason when ``status`` is not ``"ok"``.
+        left_behind_bytes: Length of the encoded image where only its crop travels on, and
+            ``data`` is empty.
     """
 
     key: str
@@ -230,6 +232,12 @@ class Record:
     carried: Mapping[str, Any] = field(default_factory=dict)
     status: str = "ok"
     error: str | None = None
+    left_behind_bytes: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the encoded image."""
+        return len(self.data) or self.left_behind_bytes
 
 
 @dataclass(frozen=True, slots=True)
