@@ -5,7 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,3 +128,16 @@ def _write_toml(values: Mapping[str, Any]) -> Iterator[str]:
     for name, table in tables.items():
         yield f"[{name}]"
         yield from _write_toml(table)
+
+
+def wait_until(condition: Callable[[], object], *, timeout_s: float = 120.0) -> None:
+    """Look again and again until ``condition`` holds."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "waited in vain"
+        time.sleep(0.005)
+
+
+def count_files(output: Path, folder: str) -> int:
+    """Return how many finished files lie under a folder of an output."""
+    return sum(not path.name.startswith(".") for path in (output / folder).rglob("*.*"))
