@@ -85,7 +85,11 @@ class RayWorkers:
 def _take_finished(ray: Any, pending: dict[Any, int], results: dict[int, Any]) -> None:
     done, _ = ray.wait(list(pending), num_returns=1)
     for reference in done:
-        results[pending.pop(reference)] = ray.get(reference)
+        try:
+            results[pending.pop(reference)] = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            # The error as the task raised it, whose message is for people.
+            raise error.cause from error
 
 
 @contextmanager
