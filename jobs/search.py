@@ -1,8 +1,9 @@
 """Nearest neighbours: ``python jobs/search.py --index URI --key KEY | --image F | --vector F``."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow.compute as pc
 from rich.console import Console
@@ -10,12 +11,13 @@ from rich.table import Table
 
 from pipeline.cli import Report, run_job
 from pipeline.config import SearchConfig
-from pipeline.index.lookup import SearchReport, find_neighbours, render_report
-from pipeline.index.search import Neighbour, SearchIndex
+from pipeline.index.lookup import find_neighbours, render_report
+from pipeline.index.search import SearchIndex
 from pipeline.index.where import compile_where
 from pipeline.storage import Storage
 
-HIDDEN_COLUMNS = {"key", "shard", "row", "offset", "nbytes", "sha256", "norm", "width", "height"}
+HIDDEN_COLUMNS = {"key", "score", "shard", "row", "offset", "nbytes", "sha256", "norm"}
+HIDDEN_COLUMNS |= {"width", "height"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,14 +28,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def search(config: SearchConfig) -> Report | None:
     """Search and show what was found; return what is to be printed as JSON."""
+    report = ask(config)
+    if config.json:
+        return report
+    values = report.to_dict()
+    for result in values.get("results", [values]):
+        print_table(result["query"], result["neighbours"])
+    return None
+
+
+def ask(config: SearchConfig) -> Report:
+    """Search the index, or have a running service search it."""
+    if config.url:
+        from pipeline.service.remote import ask_service  # needs the serve extra
+
+        return ask_service(config)
     report = find_neighbours(config, read_filter(config))
     if config.html:
         page = render_report(report, Storage(config.storage))
         Path(config.html).write_text(page, encoding="utf-8")
-    if config.json:
-        return report
-    show(report)
-    return None
+    return report
 
 
 def read_filter(config: SearchConfig) -> pc.Expression | None:
@@ -44,25 +58,19 @@ def read_filter(config: SearchConfig) -> pc.Expression | None:
     return compile_where(config.where, index.info.columns)
 
 
-def show(report: SearchReport) -> None:
-    """Print one table for each query."""
-    console = Console()
-    for query, found in zip(report.queries, report.found, strict=True):
-        table = Table(title=f"neighbours of {query.name}", title_justify="left")
-        table.add_column("#", justify="right")
-        table.add_column("cosine", justify="right")
-        table.add_column("key", overflow="fold")
-        names = [name for name in report.info.columns.names if name not in HIDDEN_COLUMNS]
-        for name in names:
-            table.add_column(name, overflow="ellipsis", max_width=40)
-        for rank, neighbour in enumerate(found, 1):
-            table.add_row(str(rank), *_to_cells(neighbour, names))
-        console.print(table)
-
-
-def _to_cells(neighbour: Neighbour, names: Sequence[str]) -> list[str]:
-    carried = ["" if neighbour.columns[n] is None else str(neighbour.columns[n]) for n in names]
-    return [f"{neighbour.score:.4f}", neighbour.key, *carried]
+def print_table(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the neighbours of one query."""
+    table = Table(title=f"neighbours of {name}", title_justify="left")
+    table.add_column("#", justify="right")
+    table.add_column("cosine", justify="right")
+    table.add_column("key", overflow="fold")
+    columns = [column for column in (rows[0] if rows else ()) if column not in HIDDEN_COLUMNS]
+    for column in columns:
+        table.add_column(column, overflow="ellipsis", max_width=40)
+    for rank, row in enumerate(rows, 1):
+        cells = ["" if row[column] is None else str(row[column]) for column in columns]
+        table.add_row(str(rank), f"{row['score']:.4f}", row["key"], *cells)
+    Console().print(table)
 
 
 if __name__ == "__main__":
