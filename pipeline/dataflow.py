@@ -29,6 +29,7 @@ from ray.data.datasource import Datasource, ReadTask
 from pipeline.config import EmbedConfig, parse_size
 from pipeline.containers.found import ReadOptions
 from pipeline.crops import CROPS_SCHEMA, Crop, pack_crops, unpack_crops
+from pipeline.efficiency import IdleClock
 from pipeline.embedder import Embedder, EmbedderOptions, make_crop_maker
 from pipeline.engines import EngineOptions, check_engine_options
 from pipeline.errors import AbortError, AccessError, ClusterError, SettingsError, StorageError
@@ -63,7 +64,8 @@ class Receipt:
         num_records: Records that the reader found in the chunk.
         part: The written part; None for a shard without records, or one that failed.
         nbytes: Encoded bytes of its images.
-        seconds: Time by stage.
+        seconds: Time by stage; of a whole load, with its first chunk.
+        load_s: How long the load was in its actor; with its first chunk, 0 with the others.
         notes: The reader's counts, on the last chunk.
         error: Why the shard could not be read; it stays uncommitted.
         fatal: Why the whole run has to stop. Sent rather than raised: what a worker raises, Ray
@@ -78,6 +80,7 @@ class Receipt:
     part: PartInfo | None = None
     nbytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    load_s: float = 0.0
     notes: dict[str, int] = field(default_factory=dict)
     error: str | None = None
     fatal: AbortError | None = None
@@ -338,6 +341,7 @@ class _EmbedActor:
         except AbortError as error:
             self._failure = error
         self._metrics = ActorMetrics(settings.run_id)
+        self._idle = IdleClock()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         loads: Iterable[tuple[Load, list[Crop | Embedding] | None]]
@@ -349,10 +353,13 @@ class _EmbedActor:
         return pa.table({"receipt": pa.array(map(pickle.dumps, receipts), pa.binary())})
 
     def _try_load(self, load: Load, crops: list[Crop | Embedding] | None) -> list[Receipt]:
+        start_s = time.perf_counter()
         try:
             if self._failure is not None:
                 raise self._failure
-            return self._record(list(self._embed_load(load, crops)))
+            with self._idle.interrupted() as idle_s:
+                receipts = list(self._embed_load(load, crops))
+            return self._record(_add_times(receipts, idle_s, time.perf_counter() - start_s))
         except AbortError as error:
             return [Receipt("", -1, True, fatal=error)]
 
@@ -417,6 +424,12 @@ class _EmbedActor:
             with suppress(StorageError):
                 return write()
         return write()
+
+
+def _add_times(receipts: list[Receipt], idle_s: float, load_s: float) -> list[Receipt]:
+    first, *rest = receipts
+    seconds = first.seconds | {"idle": idle_s}
+    return [replace(first, seconds=seconds, load_s=load_s), *rest]
 
 
 def _describe_failed(failed: FailedShard) -> Receipt:

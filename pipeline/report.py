@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from pipeline.efficiency import Efficiency
 from pipeline.errors import CorruptionError, TooManyFailuresError
 
 LOG = logging.getLogger("pipeline")
@@ -66,14 +67,18 @@ class EmbedReport:
         settings: The effective settings.
         started_s: Start, in seconds since 1970.
         seconds: Wall-clock time of the whole run.
-        embed_seconds: From the first shard sent to the last commit; start-up apart.
-        startup_seconds: Weights, cluster and listing, until the first shard was sent.
+        embed_seconds: From the first images in an actor to the last commit; start-up apart.
+        startup_seconds: Weights, listing, cluster and actors, until then.
         images: What became of the images.
         shards: Number of shards by what became of them.
         rows: Live rows of the output after the run, by status.
         images_per_s: Images embedded or failed per second of ``embed_seconds``.
         encoded_bytes: Size of the images that were read.
-        stage_seconds: Time by stage, summed over actors and their threads.
+        stage_seconds: Time by stage, summed over actors and their threads: ``list`` (the driver),
+            ``read``, ``decode`` and ``transform`` (CPU time), ``transfer`` (to a GPU and back),
+            ``forward``, ``wait`` (for crops), ``write``, ``idle`` (without images).
+        efficiency: How close this is to what the machines can do, and what binds; None where
+            nothing was embedded.
         notes: Counts that make no row: ignored members, duplicate keys.
         actors: Number and kind of embedder actors.
         batch_size: Smallest batch size that was in use; smaller than asked after memory ran out.
@@ -97,6 +102,7 @@ class EmbedReport:
     images_per_s: float
     encoded_bytes: int
     stage_seconds: Mapping[str, float] = field(default_factory=dict)
+    efficiency: Efficiency | None = None
     notes: Mapping[str, int] = field(default_factory=dict)
     actors: Mapping[str, float] = field(default_factory=dict)
     batch_size: int = 0
@@ -115,7 +121,7 @@ class Counters:
     def __init__(self) -> None:
         self.statuses: Counter[str] = Counter()
         self.encoded_bytes = 0
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self.notes: Counter[str] = Counter()
         self.batch_size = 0
         self.timeline: list[tuple[float, int]] = []

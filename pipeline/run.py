@@ -1,6 +1,7 @@
 """The embed job: plan, claim the output, run the flow, commit, account for every image."""
 
 import json
+import math
 import time
 import uuid
 from collections.abc import Generator, Mapping, Sequence
@@ -12,6 +13,7 @@ from pipeline import dataflow
 from pipeline.backbones import find_backbone
 from pipeline.config import EmbedConfig, parse_failure_limit
 from pipeline.dataflow import FlowSettings, Receipt
+from pipeline.efficiency import judge_run
 from pipeline.errors import CorruptionError, SettingsError, StorageError
 from pipeline.estimate import DryRunReport, count_shards, estimate_run, list_again
 from pipeline.lease import Lease
@@ -59,7 +61,9 @@ def embed(config: EmbedConfig) -> EmbedReport | DryRunReport | VerifyReport:
     if config.verify:
         return _verify(config, storage)
     find_backbone(config.model)  # a misspelt name needs no listing to be found
+    listing_started_s = time.perf_counter()
     listing = list_sources(config.input, config.input_kind, storage)
+    list_s = time.perf_counter() - listing_started_s
     _refuse_overlap(config.output, listing)
     info, weights = describe_output(config, storage)
     if config.dry_run:
@@ -68,7 +72,7 @@ def embed(config: EmbedConfig) -> EmbedReport | DryRunReport | VerifyReport:
     with Lease(config.output, run_id, storage=storage) as lease:
         claimed = make_output(config, info, weights, listing, storage)
         run = _Run(config, run_id, started_s, claimed, lease)
-        return run.execute(listing)
+        return run.execute(listing, list_s=list_s)
 
 
 def _refuse_overlap(output: str, listing: Listing) -> None:
@@ -131,8 +135,9 @@ class _Run:
         self._resources = Resources(0, 0.0, 0.0)
         self._embed_started_s = self._embed_ended_s = started_s
 
-    def execute(self, listing: Listing) -> EmbedReport:
+    def execute(self, listing: Listing, *, list_s: float) -> EmbedReport:
         """Bring the output up to date and report."""
+        self._counters.seconds["list"] = list_s
         output = self._config.output
         commits, superseded = list_present_commits(output, self._storage)
         for shard_id in superseded:  # left by a run that was killed between commit and clean-up
@@ -190,9 +195,11 @@ class _Run:
         ):
             metrics.start(total_bytes)
             pending: list[Future[None]] = []
-            self._embed_started_s = time.time()
+            sent_s = time.time()
+            self._embed_started_s = math.inf
             for receipt in receipts:
                 self._lease.check()
+                self._embed_started_s = min(self._embed_started_s, time.time() - receipt.load_s)
                 opened = open_shards.get(receipt.shard_id)
                 if opened is None or receipt.chunk in opened.parts:
                     continue  # sent once more after a fault
@@ -201,7 +208,7 @@ class _Run:
                     pending.append(pool.submit(self._commit, opened))
                     metrics.count_commit()
                 pending = _drop_finished(pending)
-                self._counters.mark(time.time() - self._embed_started_s)
+                self._counters.mark(time.time() - sent_s)
                 self._counters.check_limit(*limits)
                 progress.update(
                     images=self._counters.rows,
@@ -210,6 +217,7 @@ class _Run:
                 )
             _ = [future.result() for future in pending]
         self._embed_ended_s = time.time()
+        self._embed_started_s = min(self._embed_started_s, self._embed_ended_s)
         self._counters.check_limit(*limits, final=True)
         if unfinished := set(open_shards) - set(self._failed_shards):
             raise CorruptionError(
@@ -231,7 +239,8 @@ class _Run:
             return False
         counters = self._counters
         counters.encoded_bytes += receipt.nbytes
-        counters.seconds.update(receipt.seconds)
+        for stage, seconds in receipt.seconds.items():
+            counters.seconds[stage] += seconds
         counters.notes.update(receipt.notes)
         if receipt.part is not None:
             counters.statuses.update(receipt.part.statuses)
@@ -315,6 +324,12 @@ class _Run:
             rows=count_statuses(commit.statuses for commit in live.values()),
             images_per_s=self._counters.rows
             / max(1e-9, self._embed_ended_s - self._embed_started_s),
+            efficiency=judge_run(
+                statuses.get("ok", 0),
+                self._embed_ended_s - self._embed_started_s,
+                self._counters.seconds,
+                self._resources,
+            ),
             encoded_bytes=self._counters.encoded_bytes,
             stage_seconds=dict(self._counters.seconds),
             notes=dict(self._counters.notes),
