@@ -73,8 +73,8 @@ class EmbeddedBatch:
     Attributes:
         embeddings: One per record, in order.
         seconds: Time by stage: ``decode`` and ``transform`` are CPU time, summed over threads;
-            ``forward`` is how long the device was busy; ``wait`` is how long the caller had
-            nothing to hand to it.
+            ``transfer`` (on a GPU only) and ``forward`` are how long the device was busy;
+            ``wait`` is how long the caller had nothing to hand to it.
     """
 
     embeddings: list[Embedding]
@@ -233,7 +233,8 @@ class Embedder:
         if batch.wait is not None:
             forwarded = batch.wait()
             seconds["forward"] += forwarded.seconds
-            seconds["transfer"] = seconds.get("transfer", 0.0) + forwarded.transfer_s
+            if forwarded.transfer_s:
+                seconds["transfer"] = seconds.get("transfer", 0.0) + forwarded.transfer_s
             described = self._describe(batch, forwarded)
             for (index, _), outcome in zip(batch.members, described, strict=True):
                 outcomes[index] = outcome

@@ -216,7 +216,7 @@ class _Run:
                     done_bytes=self._counters.encoded_bytes,
                 )
             _ = [future.result() for future in pending]
-        self._embed_ended_s = time.time()
+            self._embed_ended_s = time.time()
         self._embed_started_s = min(self._embed_started_s, self._embed_ended_s)
         self._counters.check_limit(*limits, final=True)
         if unfinished := set(open_shards) - set(self._failed_shards):
