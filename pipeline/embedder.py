@@ -205,27 +205,31 @@ class Embedder:
             with self._lock:
                 batch.wait = self._engine.submit(batch.pixels)
         except torch.OutOfMemoryError:
-            forwarded = self._forward_halves(batch.pixels)
+            self._shrink(len(batch.members))
+            forwarded = self._forward_pieces(batch.pixels)
             batch.wait = lambda: forwarded
         return batch
 
-    def _forward_halves(self, pixels: Pixels) -> Forwarded:
-        if len(pixels) == 1:
-            raise torch.OutOfMemoryError("one image does not fit the device's memory")
-        half = (len(pixels) + 1) // 2
-        with self._lock:
-            self.batch_size = min(self.batch_size, half)
-            self.num_oom_halvings += 1
-            self._engine.shrink(self.batch_size)
-        parts = [self._forward_now(part) for part in (pixels[:half], pixels[half:])]
+    def _forward_pieces(self, pixels: Pixels) -> Forwarded:
+        parts: list[Forwarded] = []
+        start = 0
+        while start < len(pixels):
+            piece = pixels[start : start + self.batch_size]
+            try:
+                with self._lock:
+                    parts.append(self._engine.submit(piece)())
+                start += len(piece)
+            except torch.OutOfMemoryError:
+                self._shrink(len(piece))
         return Forwarded.join(parts)
 
-    def _forward_now(self, pixels: Pixels) -> Forwarded:
-        try:
-            with self._lock:
-                return self._engine.submit(pixels)()
-        except torch.OutOfMemoryError:
-            return self._forward_halves(pixels)
+    def _shrink(self, too_many: int) -> None:
+        if too_many == 1:
+            raise torch.OutOfMemoryError("one image does not fit the device's memory")
+        with self._lock:
+            self.batch_size = min(self.batch_size, (too_many + 1) // 2)
+            self.num_oom_halvings += 1
+            self._engine.shrink(self.batch_size)
 
     def _collect(
         self, batch: "_Batch", outcomes: list[Embedding | None], seconds: dict[str, float]

@@ -7,6 +7,7 @@ goes to the host's decoder, which also says what is wrong with it.
 
 import importlib.metadata
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -64,6 +65,8 @@ class GpuCropMaker:
 
     def __init__(self, space: Space, *, device: str, limits: ImageLimits, host: CropMaker) -> None:
         find_gpu_decoder_version()
+        # it moves to another library; one filter, because catch_warnings is not thread-safe
+        warnings.filterwarnings("ignore", "The image decoding", DeprecationWarning)
         self._data_config = data_config_of(space)
         self._upright = space.exif == "apply"
         self._device = device
