@@ -421,6 +421,8 @@ def _merge(found: Sequence[tuple[Floats, Rows]], k: int) -> tuple[Floats, Rows, 
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     merged = (scores, np.concatenate(numbers, axis=1), np.concatenate([f[1] for f in found], 1))
     scores, owners, rows = (np.take_along_axis(values, order, axis=1) for values in merged)
+    if scores.shape[1] == k:
+        return scores, owners, rows
     missing = ((0, 0), (0, k - scores.shape[1]))
     return (
         np.pad(scores, missing, constant_values=-np.inf),

@@ -197,7 +197,8 @@ def open_vectors(path: Path, segment: SegmentInfo, dim: int) -> Halves:
         raise CorruptionError(
             f"{segment.files['vectors'].path} does not hold {segment.rows} vectors of {dim}"
         )
-    return np.memmap(path, np.float16, "r", shape=(segment.rows, dim))
+    # As a plain array: indexing the subclass costs more than the copy it makes.
+    return np.asarray(np.memmap(path, np.float16, "r", shape=(segment.rows, dim)))
 
 
 def read_bits(files: FileStore, file: FileInfo | None, rows: int) -> Flags:

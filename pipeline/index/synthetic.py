@@ -1,8 +1,10 @@
 """Vectors that look like pooled embeddings of images, to measure with where none are at hand.
 
-Two thousand clusters in clusters, in 32 dimensions, through a fixed two-layer ReLU network: half
-of all values are zero, all vectors lie in a cone (mean cosine of two about 0.5), the intrinsic
-dimension is about 15. Plain Gaussian vectors have no neighbours worth finding and flatter no index.
+Clusters of clusters in 32 dimensions, through a fixed two-layer ReLU network, with noise: half of
+all values are zero, all vectors lie in a cone (cosine of two about 0.55 ± 0.14), the nearest
+neighbour of a fresh vector has a cosine of 0.98 and the hundredth 0.97, all of which resembles real
+embeddings of photographs. With five hundred vectors a cluster, neighbours are hard to tell apart:
+1-bit codes have 0.86 of the ten nearest among their best 40, and 0.99 among their best 160.
 """
 
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ BLOCK_ROWS = 16_384
 
 
 def generate_vectors(
-    rows: int, dim: int, *, seed: int = 0, space_seed: int = 0, clusters: int = 2000
+    rows: int, dim: int, *, seed: int = 0, space_seed: int = 0, clusters: int = 200
 ) -> Floats:
     """Return ``rows`` vectors, float32 (rows, dim), none negative, not normalised.
 
@@ -25,7 +27,7 @@ def generate_vectors(
         dim: Their width.
         seed: Draws of different seeds are different images of one collection.
         space_seed: Draws of different space seeds have nothing in common.
-        clusters: Number of clusters; fewer for small draws, so that each has members.
+        clusters: Number of clusters; one for every 500 vectors of the collection is realistic.
     """
     return np.concatenate(
         list(iter_vectors(rows, dim, seed=seed, space_seed=space_seed, clusters=clusters))
@@ -33,7 +35,7 @@ def generate_vectors(
 
 
 def iter_vectors(
-    rows: int, dim: int, *, seed: int = 0, space_seed: int = 0, clusters: int = 2000
+    rows: int, dim: int, *, seed: int = 0, space_seed: int = 0, clusters: int = 200
 ) -> Iterator[Floats]:
     """Yield what ``generate_vectors`` returns in blocks, for more rows than fit in memory."""
     space = np.random.default_rng([space_seed, dim])
@@ -48,7 +50,7 @@ def iter_vectors(
     for first in range(0, rows, BLOCK_ROWS):
         count = min(BLOCK_ROWS, rows - first)
         chosen = random.choice(clusters, count, p=weights)
-        latent = centres[chosen] + 0.35 * random.standard_normal((count, LATENT_DIM))
+        latent = centres[chosen] + 0.2 * random.standard_normal((count, LATENT_DIM))
         latent *= random.lognormal(0.0, 0.1, (count, 1))
         values = np.maximum(latent @ hidden + bias, 0) @ out
         values += 0.1 * random.standard_normal((count, dim))

@@ -1,12 +1,13 @@
 """The smallest search parameters that meet the target recall."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.index.manifest import SearchParams
 from pipeline.index.measure import Measured
 
 CANDIDATES = (128, 256, 512, 1024, 2048, 4096, 8192)
+FIRST_CANDIDATES = 3
 WIDE_CANDIDATES = 2048
 EFS = (32, 64, 128, 256, 512)
 QUICK_SHARE = 8
@@ -47,10 +48,22 @@ def tune(kind: str, *, lists: int, rows: int, target: float, measure: Measure) -
     elif kind == "hnsw":
         curve = measure([SearchParams(ef=ef) for ef in EFS], True)
     elif not lists:
-        curve = measure([SearchParams(candidates=c) for c in limit_candidates(rows)], True)
+        curve = _widen(SearchParams(), rows, target, measure)
     else:
         return _tune_lists(lists, rows, target, measure)
     return Tuned(choose(curve, target), tuple(curve))
+
+
+def _widen(params: SearchParams, rows: int, target: float, measure: Measure) -> list[Measured]:
+    """Measure with more and more candidates until the target is met."""
+    curve: list[Measured] = []
+    candidates = limit_candidates(rows)
+    for some in (candidates[:FIRST_CANDIDATES], candidates[FIRST_CANDIDATES:]):
+        settings = [replace(params, candidates=number) for number in some]
+        curve += measure(settings, True) if settings else []
+        if meets(choose(curve, target), target):
+            break
+    return curve
 
 
 def _tune_lists(lists: int, rows: int, target: float, measure: Measure) -> Tuned:
@@ -63,9 +76,8 @@ def _tune_lists(lists: int, rows: int, target: float, measure: Measure) -> Tuned
         if meets(choose(curve, target), target):
             break
     nprobe = choose(curve, target).params.nprobe
-    curve += measure([SearchParams(nprobe, c) for c in limit_candidates(rows)], True)
-    timed = [item for item in curve if item.latency_ms is not None]
-    return Tuned(choose(timed, target), tuple(curve))
+    timed = _widen(SearchParams(nprobe), rows, target, measure)
+    return Tuned(choose(timed, target), (*curve, *timed))
 
 
 def limit_candidates(rows: int) -> list[int]:
