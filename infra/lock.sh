@@ -13,5 +13,5 @@ for item in json.load(sys.stdin)["install"]:
         print(meta["name"].lower() + "==" + meta["version"])'
 }
 prepare_venv cpu,serve
-{ resolve ".[cpu,serve]" && resolve ".[gpu,serve]"; } | sort -u >infra/constraints.txt
+{ resolve ".[cpu,openvino,serve]" && resolve ".[gpu,gpu-decode,serve]"; } | sort -u >infra/constraints.txt
 say "infra/constraints.txt: $(wc -l <infra/constraints.txt) packages"

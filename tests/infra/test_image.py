@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from infra.manifests import INFRA, PROJECT, ROOT, find_clusters, find_containers, kubernetes
 
 DOCKERFILE = (INFRA / "Dockerfile").read_text()
-VARIANTS = set(re.findall(r"^\s+(\w+)\) extra=", DOCKERFILE, re.MULTILINE))
+VARIANTS = set(re.findall(r"^\s+(\w+)\) extras=", DOCKERFILE, re.MULTILINE))
 CONSTRAINTS = dict(
     line.split("==") for line in (INFRA / "constraints.txt").read_text().splitlines()
 )
@@ -55,12 +55,12 @@ def test_what_it_copies_exists_and_is_let_through_to_the_builder() -> None:
 
 
 def test_its_extras_exist_in_the_project() -> None:
-    extras = set(re.findall(r"extra=(\w+)", DOCKERFILE)) | {"serve"}
-    assert extras <= set(PROJECT["optional-dependencies"])
-    assert '".[$extra,serve]"' in DOCKERFILE
+    extras = re.findall(r"extras=([\w,-]+)", DOCKERFILE)
+    assert set(",".join(extras).split(",")) <= set(PROJECT["optional-dependencies"])
+    assert '".[$extras]"' in DOCKERFILE
 
 
-@pytest.mark.parametrize("extra", ["", "cpu", "gpu", "serve"])
+@pytest.mark.parametrize("extra", ["", "cpu", "gpu", "gpu-decode", "openvino", "serve"])
 def test_every_dependency_is_pinned_within_the_projects_bounds(extra: str) -> None:
     pinned = {normalise(name): version for name, version in CONSTRAINTS.items()}
     listed = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
