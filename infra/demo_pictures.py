@@ -180,11 +180,11 @@ def draw_zebra(rng: random.Random, size: tuple[int, int]) -> Image.Image:
     image = Image.new("RGB", size, (246, 244, 240))
     draw = ImageDraw.Draw(image)
     step, bend, phase = rng.randint(16, 30), rng.uniform(8, 20), rng.uniform(0, math.tau)
+    rows = range(-40, size[1] + 40, 4)
     for x in range(-size[0], 2 * size[0], step):
-        stripe = [
-            (x + bend * math.sin(y / 40 + phase) + y * 0.15, y) for y in range(-40, size[1] + 40, 6)
-        ]
-        draw.line(stripe, fill=(22, 20, 22), width=step // 2, joint="curve")
+        edge = [(x + bend * math.sin(y / 40 + phase) + y * 0.15, y) for y in rows]
+        far_edge = [(left + step / 2, y) for left, y in reversed(edge)]
+        draw.polygon(edge + far_edge, fill=(22, 20, 22))
     return turn(image, rng.uniform(-30, 30))
 
 
