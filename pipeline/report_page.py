@@ -190,7 +190,7 @@ def _draw_throughput(timeline: Sequence[Sequence[float]]) -> dict[str, Any] | No
     edges = np.linspace(0, seconds, min(60, len(timeline)) + 1)
     times, images = [0.0, *(t for t, _ in timeline)], [0.0, *(n for _, n in timeline)]
     rates = np.diff(np.interp(edges, times, images)) / np.diff(edges)
-    peak = float(rates.max()) or 1.0
+    peak = float(np.max(rates)) or 1.0
     points = " ".join(
         f"{50 + 930 * middle / seconds:.1f},{190 - 170 * rate / peak:.1f}"
         for middle, rate in zip((edges[1:] + edges[:-1]) / 2, rates, strict=True)

@@ -159,7 +159,7 @@ def _choose_columns(schema: pa.Schema, uri: str, options: ReadOptions) -> _Colum
 
 def _find_image_column(schema: pa.Schema, uri: str, options: ReadOptions) -> str:
     others = {options.key_column, *options.carry}
-    names = [
+    names: list[str] = [
         field.name for field in schema if _holds_images(field.type) and field.name not in others
     ]
     if len(names) == 1:
@@ -180,7 +180,7 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _choose_batch_rows(source: pq.ParquetFile, columns: _Columns) -> int:
@@ -267,7 +267,7 @@ def _carried_type(kind: pa.DataType) -> pa.DataType:
 
 
 def _to_values(column: pa.Array) -> list[Any]:
-    values = column.to_pylist()
+    values: list[Any] = column.to_pylist()
     if not pa.types.is_nested(column.type):
         return values
     return [

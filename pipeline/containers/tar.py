@@ -157,7 +157,7 @@ def _read_headers(tape: "_Tape") -> Iterator[tarfile.TarInfo]:
     position = 0
     try:
         archive = tarfile.TarFile(fileobj=cast(Any, tape), mode="r", encoding="utf-8")
-        archive.members = []  # or it would keep every header
+        archive.members = []  # type: ignore[attr-defined] # or it would keep every header
         info = archive.firstmember  # type: ignore[attr-defined]
         while info is not None:
             if info.size < 0:

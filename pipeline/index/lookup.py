@@ -158,7 +158,7 @@ def read_vector_file(uri: str, storage: Storage) -> Floats:
         vectors = np.atleast_2d(np.load(io.BytesIO(data), allow_pickle=False))
         if vectors.ndim != 2 or not len(vectors):
             raise ValueError(f"its shape is {vectors.shape}")
-        return vectors.astype(np.float32)
+        return np.asarray(vectors, dtype=np.float32)
     except (ValueError, EOFError, OSError) as error:
         raise QueryError(f"{uri!r} is no .npy file of vectors: {error}") from error
 

@@ -111,7 +111,8 @@ def project_pca(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     width = min(_SUBSPACE, number, dim)
     basis = np.random.default_rng(0).normal(size=(dim, width)).astype(np.float32)
     for _ in range(_ITERATIONS):
-        basis = np.linalg.qr(centred.T @ (centred @ basis))[0]
+        turned = np.linalg.qr(centred.T @ (centred @ basis))[0]
+        basis = np.asarray(turned, dtype=np.float32)
     turn = np.linalg.svd(centred @ basis, full_matrices=False)[2]
     axes = basis @ turn[:2].T  # (dim, 2)
     signs = np.sign(axes[np.abs(axes).argmax(axis=0), [0, 1]])
