@@ -9,6 +9,7 @@ per chunk. The driver writes a shard's commit once its parts tile the shard.
 import logging
 import os
 import pickle
+import re
 import sys
 import time
 from collections import Counter
@@ -37,6 +38,7 @@ from pipeline.images import ImageLimits
 from pipeline.loads import LOAD_SCHEMA, FailedShard, Load, group_shards, read_loads, unpack_loads
 from pipeline.metrics import ActorMetrics, LoadSample
 from pipeline.parts import OutputInfo, build_part, write_part
+from pipeline.quarantine import Quarantine
 from pipeline.records import Chunk, Embedding, PartInfo, Record, Shard, count_statuses
 from pipeline.resources import Resources, fit_actors
 from pipeline.storage import Storage, join_uri
@@ -47,10 +49,9 @@ _WHOLE_LOADS: dict[str, Any] = {
     "batch_format": "pyarrow",
     "zero_copy_batch": True,
 }
+_EXCEPTION_LINE = re.compile(r"[\w.]*(Error|Exception|Exit|Interrupt)(: .*)?$")
 _WRITE_ROUNDS = 3
 """How often a part is written, with all of storage's attempts each time: embedding costs more."""
-_LOAD_RETRIES = 8
-"""How often a load is embedded again when its actor dies; one that kills each actor must end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +195,6 @@ def _build_flow(
                 fn_constructor_kwargs={"settings": settings},
                 compute=ray.data.ActorPoolStrategy(min_size=1, max_size=resources.decoders),
                 num_cpus=0.9,
-                max_task_retries=_LOAD_RETRIES,
                 **_WHOLE_LOADS,
             )
         dataset = dataset.map_batches(
@@ -204,7 +204,6 @@ def _build_flow(
             # slightly less than its cores, in Ray's books only: reading needs a share of them
             num_cpus=0.9 * resources.cpus,
             num_gpus=resources.gpus or None,
-            max_task_retries=_LOAD_RETRIES,
             **_WHOLE_LOADS,
         )
     batches: Iterable[pa.Table] = dataset.iter_batches(
@@ -221,10 +220,11 @@ def _explaining_faults() -> Iterator[None]:
     except ray.exceptions.RayError as error:
         if isinstance(cause := getattr(error, "cause", None), AbortError):
             raise cause from None
-        words = [line.strip() for line in str(error).splitlines() if line.strip()]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        causes = [line for line in lines if _EXCEPTION_LINE.match(line)] or lines or [""]
         raise ClusterError(
-            f"Ray gave up ({type(error).__name__}): {words[-1] if words else error}; committed "
-            "shards stay: look for the cause above or in Ray's logs, then run again"
+            f"Ray gave up with {type(error).__name__}: {causes[-1]}; committed shards stay: "
+            "look for more above or in Ray's logs, then run again"
         ) from error
 
 
@@ -320,12 +320,14 @@ class _DecodeActor:
     def __init__(self, settings: FlowSettings) -> None:
         options = replace(settings.embedder, device="cpu", decode_threads=1)
         self._crops = make_crop_maker(settings.info.space, options)
+        self._quarantine = Quarantine(settings.run_id, options.limits)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        tables = [
-            pack_crops(load, list(self._crops.make(load.records))) for load in unpack_loads(batch)
-        ]
-        return pa.concat_tables(tables)
+        return pa.concat_tables([self._decode(load) for load in unpack_loads(batch)])
+
+    def _decode(self, load: Load) -> pa.Table:
+        with self._quarantine.enter(load) as safe:
+            return pack_crops(safe, list(self._crops.make(safe.records)))
 
 
 class _EmbedActor:
@@ -340,6 +342,7 @@ class _EmbedActor:
             self._embedder = _make_embedder(settings, threads)
         except AbortError as error:
             self._failure = error
+        self._quarantine = Quarantine(settings.run_id, settings.embedder.limits)
         self._metrics = ActorMetrics(settings.run_id)
         self._idle = IdleClock()
 
@@ -357,8 +360,8 @@ class _EmbedActor:
         try:
             if self._failure is not None:
                 raise self._failure
-            with self._idle.interrupted() as idle_s:
-                receipts = list(self._embed_load(load, crops))
+            with self._idle.interrupted() as idle_s, self._quarantine.enter(load) as safe:
+                receipts = list(self._embed_load(safe, crops))
             return self._record(_add_times(receipts, idle_s, time.perf_counter() - start_s))
         except AbortError as error:
             return [Receipt("", -1, True, fatal=error)]

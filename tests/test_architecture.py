@@ -51,7 +51,7 @@ LAYERS = (
     ("pipeline.images", "pipeline.decodepool", "pipeline.strips", "pipeline.shards"),
     ("pipeline.containers.*", "pipeline.parts", "pipeline.lease", "pipeline.backbones.*"),
     ("pipeline.readers", "pipeline.transforms", "pipeline.engines"),
-    ("pipeline.loads", "pipeline.crops", "pipeline.report"),
+    ("pipeline.loads", "pipeline.crops", "pipeline.quarantine", "pipeline.report"),
     ("pipeline.embedder", "pipeline.metrics", "pipeline.report_page"),
     ("pipeline.dataflow",),
     ("pipeline.outputs", "pipeline.estimate", "pipeline.run"),
