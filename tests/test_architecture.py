@@ -40,19 +40,26 @@ DOORS = {
     "uvicorn": {"pipeline.service.*"},
     "tyro": {"pipeline.cli"},
     "timm": {"jobs.baselines.*", "pipeline.benchmark.*"},
-    "torchvision": set(),
+    "torchvision": {"pipeline.gpudecode"},
 }
 
 # Layers of DESIGN.md, low to high; a module imports from its own layer or a lower one.
 LAYERS = (
     ("pipeline.errors",),
     ("pipeline.records", "pipeline.config"),
-    ("pipeline.stores.*", "pipeline.storage", "pipeline.resources", "pipeline.jpeg2000"),
+    (
+        "pipeline.stores.*",
+        "pipeline.storage",
+        "pipeline.resources",
+        "pipeline.jpeg2000",
+        "pipeline.efficiency",
+    ),
     ("pipeline.images", "pipeline.decodepool", "pipeline.strips", "pipeline.shards"),
     ("pipeline.containers.*", "pipeline.parts", "pipeline.lease", "pipeline.backbones.*"),
     ("pipeline.readers", "pipeline.transforms", "pipeline.engines"),
     ("pipeline.loads", "pipeline.crops", "pipeline.quarantine", "pipeline.report"),
-    ("pipeline.embedder", "pipeline.metrics", "pipeline.report_page"),
+    ("pipeline.gpudecode", "pipeline.metrics", "pipeline.report_page"),
+    ("pipeline.embedder",),
     ("pipeline.dataflow",),
     ("pipeline.outputs", "pipeline.estimate", "pipeline.run"),
 )
@@ -179,7 +186,9 @@ EMBED_FLAGS = [
     "weights",
     "image-size",
     "precision",
+    "engine",
     "decode",
+    "decode-stage",
     "exif",
     "input-kind",
     "image-column",
