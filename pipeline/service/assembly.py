@@ -10,8 +10,9 @@ from pipeline.readers import read_record_bytes
 from pipeline.service.app import Access, create_app
 from pipeline.service.guard import LOOPBACK_HOSTS, Asgi, GuardLimits
 from pipeline.service.keys import ApiKeys, is_loopback, read_api_keys
-from pipeline.service.lookups import LookupLimits, Lookups, ReadImage
+from pipeline.service.lookups import LookupLimits, Lookups
 from pipeline.service.metrics import Metrics
+from pipeline.service.pictures import PictureLoader
 from pipeline.storage import Storage
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def build_app(config: ServeConfig) -> Asgi:
     lookups = Lookups(
         index,
         embedder=open_embedder(config, index.info, storage) if config.image_queries else None,
-        read_image=_make_reader(storage) if config.show_images else None,
+        pictures=_open_pictures(config, storage, metrics) if config.show_images else None,
         limits=_make_lookup_limits(config),
         metrics=metrics,
     )
@@ -66,13 +67,18 @@ def open_embedder(config: ServeConfig, info: IndexInfo, storage: Storage) -> "Em
     return Embedder(info.space, weights=weights, options=options, storage=storage)
 
 
-def _make_reader(storage: Storage) -> ReadImage:
+def _open_pictures(config: ServeConfig, storage: Storage, metrics: Metrics) -> PictureLoader:
     def read_image(hit: Neighbour) -> bytes:
         return read_record_bytes(
             hit.shard, row=hit.row, offset=hit.offset, nbytes=hit.nbytes, storage=storage
         )
 
-    return read_image
+    return PictureLoader(
+        read_image,
+        limits=_make_image_limits(config),
+        cache_bytes=parse_size(config.image_cache, setting="image_cache"),
+        metrics=metrics,
+    )
 
 
 def _make_image_limits(config: ServeConfig) -> ImageLimits:
@@ -86,8 +92,6 @@ def _make_lookup_limits(config: ServeConfig) -> LookupLimits:
     return LookupLimits(
         max_waiting=config.max_waiting,
         search_workers=config.threads,
-        cache_bytes=parse_size(config.image_cache, setting="image_cache"),
-        images=_make_image_limits(config),
         refresh_s=config.refresh_s,
     )
 

@@ -1,13 +1,24 @@
 """Indexed images as a browser can show them: thumbnails, originals, and a bounded cache."""
 
 import io
+import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from PIL import Image
 
-from pipeline.images import ImageLimits, decode_image
+from pipeline.errors import AbortError, ObjectMissingError, RecordError
+from pipeline.images import ImageLimits, decode_image, image_digest
+from pipeline.index.search import Neighbour
+from pipeline.service.metrics import Metrics
+from pipeline.service.problems import Problem
+
+log = logging.getLogger(__name__)
+
+ReadImage = Callable[[Neighbour], bytes]
+"""Returns the encoded image of a row; the row says where it lies."""
 
 THUMBNAIL_SIZES = (64, 256, 512)
 """Longest side in pixels of the thumbnails that are made; anything else would fill the cache."""
@@ -109,3 +120,54 @@ class PictureCache:
             while self._bytes > self._max_bytes:
                 _, oldest = self._pictures.popitem(last=False)
                 self._bytes -= len(oldest.data)
+
+
+class PictureLoader:
+    """Reads indexed images from where they lie, and remembers what it made of them.
+
+    Attributes:
+        cache: The pictures it remembers.
+    """
+
+    def __init__(
+        self, read_image: ReadImage, *, limits: ImageLimits, cache_bytes: int, metrics: Metrics
+    ) -> None:
+        self.cache = PictureCache(cache_bytes)
+        self._read_image = read_image
+        self._limits = limits
+        self._metrics = metrics
+
+    def load(self, hit: Neighbour, size: int | None) -> Picture | Exception:
+        """Return an indexed image, its thumbnail of ``size`` pixels, or why there is none."""
+        digest = bytes(hit.columns["sha256"])
+        etag = digest.hex() if size is None else f"{digest.hex()}-{size}"
+        cached = self.cache.get(f'"{etag}"')
+        self._metrics.image_cache.labels("hit" if cached else "miss").inc()
+        if cached is not None:
+            return cached
+        try:
+            with self._metrics.stage_s.labels("image").time():
+                picture = self._render(hit, size, digest)
+        except (AbortError, RecordError, Problem) as error:
+            return _explain_failure(error)
+        self.cache.put(picture)
+        return picture
+
+    def _render(self, hit: Neighbour, size: int | None, digest: bytes) -> Picture:
+        data = self._read_image(hit)
+        if image_digest(data) != digest:
+            raise Problem(410, "source_changed", detail="the source has changed since indexing")
+        return render_picture(data, size, etag=digest.hex(), limits=self._limits)
+
+
+def _explain_failure(error: Exception) -> Exception:
+    """Say what went wrong with a picture without saying where it lies."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, ObjectMissingError):
+        return Problem(410, "source_gone", detail="the source of this image is gone")
+    if isinstance(error, RecordError):
+        return Problem(422, "invalid_image", detail=f"the indexed image is {error.status}")
+    log.warning("cannot read an indexed image: %s", error)
+    detail = "the source of this image cannot be read now"
+    return Problem(503, "source_unreadable", detail=detail, retry_after_s=5)

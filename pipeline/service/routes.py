@@ -10,6 +10,12 @@ from pydantic import BaseModel
 from pipeline.errors import UnknownKeyError
 from pipeline.index.search import Snapshot
 from pipeline.index.where import is_filterable
+from pipeline.service.answers import (
+    list_public_columns,
+    make_classes,
+    make_results,
+    show_columns,
+)
 from pipeline.service.bodies import (
     get_media_type,
     open_form,
@@ -20,14 +26,7 @@ from pipeline.service.bodies import (
     take_text,
     validate,
 )
-from pipeline.service.lookups import (
-    Lookups,
-    Target,
-    list_public_columns,
-    make_classes,
-    make_result,
-    show_columns,
-)
+from pipeline.service.lookups import Lookups, Target
 from pipeline.service.models import (
     MAX_IMAGES,
     BatchRequest,
@@ -184,7 +183,7 @@ def describe_service(lookups: Lookups) -> Info:
         columns=columns,
         image_queries=embedder is not None,
         classes=embedder is not None and embedder.options.top_k_classes > 0,
-        images=lookups.shows_images,
+        images=lookups.pictures is not None,
         map_points=len(points.keys) if points else 0,
     )
 
@@ -211,7 +210,7 @@ async def sample(request: Request, n: Annotated[int, Query(ge=1, le=100)] = 12) 
     """Return some indexed images, drawn at random."""
     snapshot = get_lookups(request).index.snapshot
     hits = await asyncio.to_thread(snapshot.sample, n)
-    items = [make_result(hit, snapshot, metadata=True, vector=False) for hit in hits]
+    items = make_results(hits, snapshot, ["metadata"])
     return answer(SampleResponse(generation=snapshot.info.generation, items=items))
 
 

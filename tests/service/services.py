@@ -20,9 +20,10 @@ from pipeline.service.guard import GuardLimits
 from pipeline.service.keys import ApiKeys
 from pipeline.service.lookups import LookupLimits, Lookups
 from pipeline.service.metrics import Metrics
+from pipeline.service.pictures import PictureLoader
 from service.gallery import DIM, STORAGE, make_space
 
-LIMITS = LookupLimits(refresh_s=0, images=ImageLimits(max_pixels=1_000_000))
+LIMITS = LookupLimits(refresh_s=0)
 GUARD = GuardLimits(max_body_bytes=2_000_000, max_concurrent=500, timeout_s=20.0)
 
 
@@ -95,10 +96,13 @@ def run_service(
         return read(hit)
 
     metrics = Metrics()
+    pictures = PictureLoader(
+        note_read, limits=ImageLimits(), cache_bytes=1_000_000, metrics=metrics
+    )
     lookups = Lookups(
         index,
         embedder=embedder,
-        read_image=note_read if read else None,
+        pictures=pictures if read else None,
         limits=limits,
         metrics=metrics,
     )
