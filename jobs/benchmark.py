@@ -3,7 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from pipeline.benchmark import BenchmarkReport, benchmark
+from pipeline.benchmark.bench import benchmark
+from pipeline.benchmark.findings import BenchmarkReport
 from pipeline.cli import run_job
 from pipeline.config import BenchmarkConfig
 from pipeline.report import configure_logging

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from pipeline.backbones import list_backbones, load_weights, save_weights
-from pipeline.benchmark.commands import Run, run_command
+from pipeline.benchmark.commands import Run, run_program
 from pipeline.benchmark.findings import BenchmarkReport, ModelFindings, compare
 from pipeline.benchmark.rounds import Contender, Rate, summarise, take_turns
 from pipeline.benchmark.samples import SampleSet, collect_images, write_samples
@@ -29,7 +29,8 @@ from pipeline.storage import Storage
 from pipeline.transforms import DataConfig, resolve_data_config
 
 _JOBS = Path(__file__).parents[2] / "jobs"
-_SHORT = 4  # a long run has this many times the images of a short one
+_ROUND_IMAGES = 128  # most images in a round of what is measured in a process of its own
+_LOADS_PER_CORE = 8  # so that a program's marks of progress are many
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class _Setting:
     device: str
     cores: int
     short: SampleSet
-    long: SampleSet
+    samples: SampleSet
     folder: Path
 
     @property
@@ -61,12 +62,13 @@ def benchmark(config: BenchmarkConfig) -> BenchmarkReport:
     models = list_backbones() if "all" in config.model else config.model
     with _make_folder(config.work_dir) as folder:
         images = collect_images(config.input, config.images, StorageOptions())
-        long = write_samples(images, config.images, folder / "long", per_shard=_per_shard(config))
-        number = config.images // _SHORT
-        short = write_samples(images, number, folder / "short", per_shard=_per_shard(config))
+        number = min(config.images, _ROUND_IMAGES)
+        per_shard = max(1, min(256, config.images // (_LOADS_PER_CORE * _count_cores())))
+        short = write_samples(images, number, folder / "round", per_shard=per_shard)
+        samples = write_samples(images, config.images, folder / "whole", per_shard=per_shard)
         found = {}
         for model in models:
-            setting = _prepare(config, model, folder, short=short, long=long)
+            setting = _prepare(config, model, folder, short=short, samples=samples)
             found[model] = _measure(setting)
     report = BenchmarkReport(_describe_machine(), asdict(config), found)
     if config.output:
@@ -83,16 +85,12 @@ def _make_folder(parent: str | None) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _per_shard(config: BenchmarkConfig) -> int:
-    return max(1, min(256, config.images // (4 * _count_cores())))
-
-
 def _count_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
 def _prepare(
-    config: BenchmarkConfig, model: str, folder: Path, *, short: SampleSet, long: SampleSet
+    config: BenchmarkConfig, model: str, folder: Path, *, short: SampleSet, samples: SampleSet
 ) -> _Setting:
     weights = folder / f"{model}.safetensors"
     save_weights(load_weights(model, config.weights).state_dict, str(weights))
@@ -107,7 +105,7 @@ def _prepare(
         device="cuda" if torch.cuda.is_available() else "cpu",
         cores=_count_cores(),
         short=short,
-        long=long,
+        samples=samples,
         folder=folder,
     )
 
@@ -119,8 +117,15 @@ def _measure(setting: _Setting) -> ModelFindings:
         rates |= _measure_rounds(_list_forward_contenders(setting), setting)
     if "host" in wanted:
         rates |= _measure_rounds(_list_host_contenders(setting), setting)
-    rates |= _measure_programs(_list_programs(setting), setting)
-    return ModelFindings(rates, compare(rates))
+    runs = _run_programs(_list_programs(setting), setting)
+    rates |= {name: _summarise_runs(found) for name, found in runs.items()}
+    ratios = compare(
+        rates,
+        engine=setting.config.engine[0],
+        cores=setting.cores,
+        on_gpu=setting.device != "cpu",
+    )
+    return ModelFindings(rates, ratios, tuple(_find_advice(runs.get("job", ()))))
 
 
 def _measure_rounds(contenders: Mapping[str, Contender], setting: _Setting) -> dict[str, Rate]:
@@ -197,7 +202,7 @@ def _list_programs(setting: _Setting) -> dict[str, list[str]]:
     config = setting.config
     own = ["--model", setting.model, "--weights", setting.weights]
     theirs = [*own, "--batch-size", str(setting.batch_size)]
-    job = [str(_JOBS / "embed.py"), *own, "--batch-size", str(setting.batch_size)]
+    job = [str(_JOBS / "embed.py"), *theirs, "--engine", config.engine[0]]
     job += ["--image-size", config.image_size, "--precision", config.precision]
     job += ["--decode", config.decode]
     if config.actors:
@@ -212,44 +217,42 @@ def _list_programs(setting: _Setting) -> dict[str, list[str]]:
     return {name: command for name, command in programs.items() if name in config.measure}
 
 
-def _measure_programs(programs: Mapping[str, Sequence[str]], setting: _Setting) -> dict[str, Rate]:
-    """Run whole programs in turns, each on few and on many images."""
-    pairs: dict[str, list[tuple[Run, Run]]] = {name: [] for name in programs}
+def _run_programs(programs: Mapping[str, Sequence[str]], setting: _Setting) -> dict[str, list[Run]]:
+    """Run whole programs in turns."""
+    runs: dict[str, list[Run]] = {name: [] for name in programs}
     for index in range(setting.config.rounds):
         order = list(programs)
         for name in order if index % 2 == 0 else reversed(order):
-            runs = [
-                _run_program(name, programs[name], samples, setting)
-                for samples in (setting.short, setting.long)
-            ]
-            pairs[name].append((runs[0], runs[1]))
-    return {name: _derive_rate(found) for name, found in pairs.items()}
+            runs[name].append(_run_program(name, programs[name], setting))
+    return runs
 
 
-def _run_program(name: str, command: Sequence[str], samples: SampleSet, setting: _Setting) -> Run:
+def _summarise_runs(runs: Sequence[Run]) -> Rate:
+    startup_s = statistics.median(run.startup_s for run in runs)
+    return summarise([run.sample for run in runs], startup_s=startup_s)
+
+
+def _find_advice(runs: Sequence[Run]) -> Iterator[str]:
+    """Yield what the job's own report says of its last run."""
+    for run in runs[-1:]:
+        judged = json.loads(run.output.splitlines()[-1])["efficiency"]
+        yield f"{judged['reached']:.0%} of the ceiling by the job's own report; {judged['advice']}."
+
+
+def _run_program(name: str, command: Sequence[str], setting: _Setting) -> Run:
     output = setting.folder / f"output-{time.monotonic_ns()}"
+    samples = setting.samples
     given = ["--input", samples.shards] if name == "job" else ["--images", samples.files]
-    run = run_command([*command, *given, "--output", str(output)], images=samples.images)
+    run = run_program([*command, *given], images=samples.images, output=output)
     shutil.rmtree(output, ignore_errors=True)
     LOG.info(
-        "%s %s images=%d wall_s=%.1f cpu_s=%.1f",
+        "%s %s images_per_s=%.1f startup_s=%.1f",
         setting.model,
         name,
-        run.images,
-        run.wall_s,
-        run.cpu_s,
+        run.sample.images / run.sample.wall_s,
+        run.startup_s,
     )
     return run
-
-
-def _derive_rate(pairs: Sequence[tuple[Run, Run]]) -> Rate:
-    """Return what the additional images of the long runs cost; the rest is start-up."""
-    images = pairs[0][1].images - pairs[0][0].images
-    wall_s = statistics.median(max(1e-9, long.wall_s - short.wall_s) for short, long in pairs)
-    cpu_s = statistics.median(long.cpu_s - short.cpu_s for short, long in pairs)
-    startup_s = statistics.median(short.wall_s for short, _ in pairs)
-    startup_s -= wall_s * pairs[0][0].images / images
-    return Rate(images / wall_s, 1e3 * cpu_s / images, startup_s=startup_s)
 
 
 def _describe_machine() -> dict[str, Any]:

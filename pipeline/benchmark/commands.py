@@ -1,9 +1,11 @@
-"""Whole programs, measured from outside: time, CPU time of all their processes, memory.
+"""Whole programs, measured from outside: rate, CPU time of all their processes, memory.
 
-A program is run on few images and on many. What the additional images cost is its rate; what is
-left of the short run is its start-up. Nothing inside the program has to be trusted, or changed.
+A program writes Parquet files as it goes, or says on standard output how far it is. Its rate is
+taken between the first such mark and the last, and what comes before is start-up. Nothing inside
+the program has to be trusted.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -15,11 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipeline.benchmark.rounds import Sample
 from pipeline.errors import AbortError
 
 _TAG = "IMAGE_BENCHMARK_TAG"
-_SAMPLE_EVERY_S = 0.2
+_LOOK_EVERY_S = 0.2
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_TAIL_CHARS = 3000
+
+Marks = list[tuple[float, int]]
+"""How far a program was: (seconds since 1970, images done by then), in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,32 +37,30 @@ class Run:
     """One run of a program.
 
     Attributes:
-        images: Images it was given.
-        wall_s: Wall-clock time.
-        cpu_s: CPU time of all its processes, started directly or not.
+        sample: Images, time and CPU time between the first and the last mark.
+        startup_s: Wall-clock time that is not embedding, at the rate between the marks.
         output: What it printed on standard output.
         peak_bytes: Largest anonymous memory of one process by kind: ``driver`` (the program
-            itself), ``actor`` and ``task`` (Ray's).
+            itself), ``actor`` and ``task`` (Ray's), ``other``.
     """
 
-    images: int
-    wall_s: float
-    cpu_s: float
+    sample: Sample
+    startup_s: float
     output: str
     peak_bytes: dict[str, int]
 
 
-def run_command(command: Sequence[str], *, images: int, tail_chars: int = 3000) -> Run:
-    """Run a Python program to its end.
+def run_program(command: Sequence[str], *, images: int, output: Path) -> Run:
+    """Run a Python program that embeds ``images`` images into ``output``.
 
     Raises:
         AbortError: It failed; the end of what it said is in the message.
     """
     tag = uuid.uuid4().hex
-    start_s = time.perf_counter()
+    started_s = time.time()
     with (
         subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, *command, "--output", str(output)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -60,14 +68,45 @@ def run_command(command: Sequence[str], *, images: int, tail_chars: int = 3000) 
         ) as process,
         ProcessWatch(tag, process.pid) as watch,
     ):
-        output, errors = process.communicate()
-        wall_s = time.perf_counter() - start_s
+        said, errors = process.communicate()
     if process.returncode:
         raise AbortError(
             f"{' '.join(command[:2])} ended with exit code {process.returncode}: "
-            f"{errors[-tail_chars:].strip()}"
+            f"{errors[-_TAIL_CHARS:].strip()}"
         )
-    return Run(images, wall_s, watch.cpu_s, output, watch.peak_bytes)
+    marks = read_marks(output) or parse_marks(said)
+    sample = take_sample(marks, watch)
+    startup_s = marks[-1][0] - started_s - images * sample.wall_s / sample.images
+    return Run(sample, startup_s, said, watch.peak_bytes)
+
+
+def read_marks(folder: Path) -> Marks:
+    """Return when each Parquet file below a folder was written, and the rows until then."""
+    files = sorted(
+        (path.stat().st_mtime, pq.read_metadata(path).num_rows)
+        for path in folder.rglob("*.parquet")
+    )
+    totals = np.cumsum([rows for _, rows in files]).tolist()
+    return [(time_s, total) for (time_s, _), total in zip(files, totals, strict=True)]
+
+
+def parse_marks(output: str) -> Marks:
+    """Return the marks among what a program printed: lines ``{"time": …, "images": …}``."""
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith('{"time"')]
+    return [(line["time"], line["images"]) for line in lines]
+
+
+def take_sample(marks: Marks, watch: "ProcessWatch") -> Sample:
+    """Return what happened between the first and the last mark.
+
+    Raises:
+        AbortError: There are no two marks at different times.
+    """
+    if len(marks) < 2 or marks[-1][0] <= marks[0][0]:
+        raise AbortError(f"only {len(marks)} marks of progress; measure with more --images")
+    (first_s, before), (last_s, total) = marks[0], marks[-1]
+    cpu_s = watch.cpu_until(last_s) - watch.cpu_until(first_s)
+    return Sample(total - before, last_s - first_s, cpu_s)
 
 
 class ProcessWatch:
@@ -78,6 +117,7 @@ class ProcessWatch:
         self._mark = f"{_TAG}={tag}".encode()
         self._driver = driver
         self._cpu_s: dict[int, float] = {}
+        self._totals: list[tuple[float, float]] = [(time.time(), 0.0)]
         self._others: set[int] = set()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -92,13 +132,13 @@ class ProcessWatch:
         self._ended.set()
         self._thread.join()
 
-    @property
-    def cpu_s(self) -> float:
-        """CPU time of all processes that were ever seen."""
-        return sum(self._cpu_s.values())
+    def cpu_until(self, time_s: float) -> float:
+        """Return the CPU time of all processes until then."""
+        times, totals = zip(*self._totals, strict=True)
+        return float(np.interp(time_s, times, totals))
 
     def _watch(self) -> None:
-        while not self._ended.wait(_SAMPLE_EVERY_S):
+        while not self._ended.wait(_LOOK_EVERY_S):
             self._look()
 
     def _look(self) -> None:
@@ -109,6 +149,7 @@ class ProcessWatch:
                 self._look_at(pid)
             except (OSError, ValueError, IndexError):
                 continue  # it has just ended
+        self._totals.append((time.time(), sum(self._cpu_s.values())))
 
     def _look_at(self, pid: int) -> None:
         folder = Path("/proc") / str(pid)
@@ -118,8 +159,7 @@ class ProcessWatch:
             return
         fields = (folder / "stat").read_text().rpartition(")")[2].split()
         self._cpu_s[pid] = (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
-        title = (folder / "cmdline").read_bytes()
-        kind = self._name_kind(pid, title)
+        kind = self._name_kind(pid, (folder / "cmdline").read_bytes())
         status = (folder / "status").read_text()
         anonymous = int(status.partition("RssAnon:")[2].split()[0]) * 1024
         self.peak_bytes[kind] = max(self.peak_bytes.get(kind, 0), anonymous)

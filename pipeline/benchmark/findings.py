@@ -1,6 +1,5 @@
 """What a benchmark found: rates, ratios, what binds, and advice; as JSON and as tables."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -65,26 +64,58 @@ def _describe_rate(name: str, rate: Rate) -> str:
     )
 
 
-def compare(rates: Mapping[str, Rate]) -> dict[str, float]:
+def compare(
+    rates: Mapping[str, Rate], *, engine: str, cores: int, on_gpu: bool
+) -> dict[str, float]:
     """Return the quotients that matter among the rates that were measured.
 
-    Those of one core are quotients of CPU times, which other load hardly changes.
+    Those named ``CPU time`` compare the CPU time of an image, which other load on the machine
+    hardly changes.
+
+    Args:
+        rates: By contender.
+        engine: The engine that the job ran with.
+        cores: CPU cores of the machine.
+        on_gpu: Whether the forward pass ran on a GPU.
     """
-    cpu_ms = {name: rate.cpu_ms_per_image for name, rate in rates.items()}
+    pairs = [
+        *((name, "timm-forward") for name in rates if name.startswith("forward:")),
+        *(("host", "pillow"), ("job", "dataloader"), ("job", "ray-recipe")),
+    ]
     ratios: dict[str, float] = {}
+    for ours, theirs in pairs:
+        if ours in rates and theirs in rates:
+            ratios |= _divide(ours, theirs, rates[ours], rates[theirs])
+    forward, host = rates.get(f"forward:{engine}"), rates.get("host")
+    if "job" in rates and forward and host:
+        ratios |= _compare_to_ceilings(rates["job"], forward, host, 0 if on_gpu else cores)
+    return ratios
 
-    def divide(title: str, ours: str, theirs: str) -> None:
-        if ours in cpu_ms and theirs in cpu_ms:
-            ratios[f"{title} (CPU time)"] = cpu_ms[theirs] / cpu_ms[ours]
 
-    for name in cpu_ms:
-        if name.startswith("forward:"):
-            divide(f"{name} / timm eager", name, "timm-forward")
-    divide("host path / bare Pillow loop", "host", "pillow")
-    divide("job / timm + DataLoader", "job", "dataloader")
-    divide("job / Ray Data recipe with timm", "job", "ray-recipe")
-    for name in ("dataloader", "ray-recipe"):
-        if name in rates and "job" in rates:
-            title = f"job / {name} (wall clock)"
-            ratios[title] = rates["job"].images_per_s / rates[name].images_per_s
-    return {name: value for name, value in ratios.items() if math.isfinite(value)}
+def _divide(ours: str, theirs: str, our_rate: Rate, their_rate: Rate) -> dict[str, float]:
+    title = f"{ours} / {theirs}"
+    return {
+        f"{title}, CPU time": their_rate.cpu_ms_per_image / our_rate.cpu_ms_per_image,
+        f"{title}, images/s": our_rate.images_per_s / their_rate.images_per_s,
+    }
+
+
+def _compare_to_ceilings(job: Rate, forward: Rate, host: Rate, cores: int) -> dict[str, float]:
+    """Compare the job with what the forward pass and the host path reach alone.
+
+    Args:
+        job: The whole machine's.
+        forward: Of one core, or of the GPU where ``cores`` is 0.
+        host: Of one core.
+        cores: Cores that share both kinds of work.
+    """
+    if not cores:
+        return {"job / forward ceiling, images/s": job.images_per_s / forward.images_per_s}
+    together_ms = forward.cpu_ms_per_image + host.cpu_ms_per_image
+    tighter_ms = max(forward.cpu_ms_per_image, host.cpu_ms_per_image)
+    together = cores / (1 / forward.images_per_s + 1 / host.images_per_s)
+    return {
+        "job / both ceilings on shared cores, CPU time": together_ms / job.cpu_ms_per_image,
+        "job / both ceilings on shared cores, images/s": job.images_per_s / together,
+        "job / its tighter ceiling, CPU time": tighter_ms / job.cpu_ms_per_image,
+    }

@@ -1,0 +1,227 @@
+"""The benchmark: turns are taken, programs are measured from outside, figures are compared."""
+
+import io
+import json
+import os
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pictures import make_jpeg, write_tar
+from PIL import Image
+
+from jobs.benchmark import main
+from pipeline.benchmark.commands import ProcessWatch, parse_marks, read_marks, run_program
+from pipeline.benchmark.findings import BenchmarkReport, ModelFindings, compare
+from pipeline.benchmark.rounds import Contender, Rate, Sample, summarise, take_turns
+from pipeline.benchmark.samples import collect_images, draw_photograph, write_samples
+from pipeline.benchmark.worker import loop_over_pillow
+from pipeline.config import BenchmarkConfig, StorageOptions
+from pipeline.errors import AbortError, SettingsError
+from pipeline.images import ImageLimits, decode_image
+from pipeline.transforms import resize_and_crop, resolve_data_config
+
+TURN = """
+import sys
+from pathlib import Path
+from pipeline.benchmark.rounds import serve_rounds
+
+def run_round():
+    with Path(sys.argv[1]).open("a") as log:
+        log.write(sys.argv[2])
+    return 5, {"decode": 0.5}
+
+serve_rounds(run_round)
+"""
+
+
+def make_contender(folder: Path, name: str, *, processes: int = 1) -> Contender:
+    script = folder / "turn.py"
+    script.write_text(TURN)
+    return Contender([str(script), str(folder / "log"), name], processes=processes)
+
+
+def test_contenders_take_turns_back_and_forth(tmp_path: Path):
+    contenders = {name: make_contender(tmp_path, name) for name in "ab"}
+    samples = take_turns(contenders, rounds=3)
+    assert (tmp_path / "log").read_text() == "ab" + "ab" + "ba" + "ab"  # the first is the warm-up
+    assert [len(found) for found in samples.values()] == [3, 3]
+    assert all(s.images == 5 and s.wall_s > 0 and s.cpu_s > 0 for s in samples["a"])
+
+
+def test_equal_processes_count_as_one_contender(tmp_path: Path):
+    samples = take_turns({"all": make_contender(tmp_path, "x", processes=2)}, rounds=1)
+    assert samples["all"][0].images == 10
+    assert samples["all"][0].stages == {"decode": 1.0}
+
+
+def test_a_contender_that_fails_ends_the_benchmark(tmp_path: Path):
+    script = tmp_path / "broken.py"
+    script.write_text("raise SystemExit(3)")
+    with pytest.raises(AbortError, match=r"broken\.py ended with exit code 3"):
+        take_turns({"broken": Contender([str(script)])}, rounds=1)
+
+
+def test_a_rate_is_the_median_of_its_rounds():
+    samples = [Sample(10, wall_s, 0.1, {"read": 0.01}) for wall_s in (1.0, 2.0, 100.0)]
+    rate = summarise(samples, startup_s=4.0)
+    assert rate.images_per_s == 5.0
+    assert rate.cpu_ms_per_image == pytest.approx(10.0)
+    assert rate.stages_ms == {"read": pytest.approx(1.0)}
+    assert rate.startup_s == 4.0
+
+
+PROGRAM = """
+import sys, time, subprocess
+from pathlib import Path
+import pyarrow as pa, pyarrow.parquet as pq
+output = Path(sys.argv[sys.argv.index("--output") + 1])
+output.mkdir()
+busy = "import time\\nwhile time.process_time() < 1: pass"
+child = subprocess.Popen([sys.executable, "-c", busy], start_new_session=True)
+for part in range(3):
+    pq.write_table(pa.table({"x": range(10)}), output / f"{part}.parquet")
+    child.wait()
+print("done")
+"""
+
+
+def test_a_program_is_measured_with_the_processes_it_leaves_to_themselves(tmp_path: Path):
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
+    run = run_program([str(script)], images=30, output=tmp_path / "out")
+    assert run.sample.images == 20
+    assert run.sample.cpu_s > 0.3
+    assert run.output == "done\n"
+    assert set(run.peak_bytes) == {"driver", "other"}
+    assert all(number > 1_000_000 for number in run.peak_bytes.values())
+
+
+def test_a_program_that_fails_says_why(tmp_path: Path):
+    script = tmp_path / "program.py"
+    script.write_text("raise RuntimeError('no such model')")
+    with pytest.raises(AbortError, match=r"exit code 1: .*(\n.*)*RuntimeError: no such model"):
+        run_program([str(script)], images=1, output=tmp_path / "out")
+
+
+def test_a_program_without_progress_cannot_be_measured(tmp_path: Path):
+    script = tmp_path / "program.py"
+    script.write_text("pass")
+    with pytest.raises(AbortError, match="only 0 marks of progress; measure with more --images"):
+        run_program([str(script)], images=1, output=tmp_path / "out")
+
+
+def test_progress_is_read_from_parquet_files_in_the_order_they_were_written(tmp_path: Path):
+    for index, rows in enumerate((4, 1, 2)):
+        path = tmp_path / f"parts/{9 - index}/0.parquet"
+        path.parent.mkdir(parents=True)
+        pq.write_table(pa.table({"x": range(rows)}), path)
+        os.utime(path, (100 + index, 100 + index))
+    assert read_marks(tmp_path) == [(100.0, 4), (101.0, 5), (102.0, 7)]
+
+
+def test_progress_is_read_from_what_a_program_prints():
+    said = 'loading\n{"time": 1.5, "images": 16}\n{"time": 2.5, "images": 32}\n'
+    assert parse_marks(said) == [(1.5, 16), (2.5, 32)]
+
+
+def test_only_processes_with_the_tag_are_followed():
+    watch = ProcessWatch("no-process-has-this-tag", driver=os.getpid())
+    watch._look()
+    assert watch.cpu_until(time.time()) == 0.0
+    assert watch.peak_bytes == {}
+
+
+def make_rate(images_per_s: float, cpu_ms: float) -> Rate:
+    return Rate(images_per_s, cpu_ms)
+
+
+def test_the_job_is_compared_with_ceilings_and_alternatives():
+    rates = {
+        "forward:torch": make_rate(40.0, 20.0),
+        "timm-forward": make_rate(20.0, 40.0),
+        "host": make_rate(200.0, 5.0),
+        "pillow": make_rate(180.0, 5.0),
+        "job": make_rate(60.0, 26.0),
+        "dataloader": make_rate(30.0, 52.0),
+    }
+    ratios = compare(rates, engine="torch", cores=2, on_gpu=False)
+    assert ratios["forward:torch / timm-forward, CPU time"] == 2.0
+    assert ratios["host / pillow, CPU time"] == 1.0
+    assert ratios["job / dataloader, images/s"] == 2.0
+    assert ratios["job / both ceilings on shared cores, CPU time"] == pytest.approx(25 / 26)
+    assert ratios["job / both ceilings on shared cores, images/s"] == pytest.approx(60 / (2 / 0.03))
+    assert ratios["job / its tighter ceiling, CPU time"] == pytest.approx(20 / 26)
+    assert not any("ray-recipe" in name for name in ratios)
+
+
+def test_on_a_gpu_the_job_is_compared_with_the_forward_pass_alone():
+    rates = {"forward:torch": make_rate(100.0, 1.0), "host": make_rate(50.0, 20.0)}
+    ratios = compare(rates | {"job": make_rate(95.0, 30.0)}, engine="torch", cores=8, on_gpu=True)
+    assert ratios == {"job / forward ceiling, images/s": 0.95}
+
+
+def test_a_report_is_a_table_and_json():
+    rate = Rate(12.5, 80.0, {"read": 1.0}, startup_s=3.0)
+    found = ModelFindings({"host": rate}, {"host / pillow, CPU time": 0.987}, ("decode-bound",))
+    report = BenchmarkReport({"cpu": "a", "cores": 2}, {}, {"m": found})
+    table = report.to_table()
+    assert "| host | 12.5 | 80.00 | 3.0 | read 1.00 |" in table
+    assert "| host / pillow, CPU time | 0.99 |" in table
+    assert "decode-bound" in table
+    assert json.loads(json.dumps(report.to_dict()))["models"]["m"]["rates"]["host"]
+
+
+def test_drawn_photographs_are_as_large_as_photographs():
+    data = draw_photograph(1)
+    assert Image.open(io.BytesIO(data)).size == (500, 375)
+    assert 20_000 < len(data) < 200_000
+    assert draw_photograph(1) == data != draw_photograph(2)
+
+
+def test_samples_come_from_the_given_inputs_and_are_repeated(tmp_path: Path):
+    images = [make_jpeg(seed) for seed in range(3)]
+    write_tar(tmp_path / "in.tar", [(f"{i}.jpg", data) for i, data in enumerate(images)])
+    found = collect_images([str(tmp_path / "in.tar")], 10, StorageOptions())
+    assert found == images
+    samples = write_samples(found, 7, tmp_path / "samples", per_shard=3)
+    assert len(list(Path(samples.shards).glob("*.tar"))) == 3
+    files = sorted(Path(samples.files).iterdir())
+    assert [path.read_bytes() for path in files] == [images[i % 3] for i in range(7)]
+
+
+def test_the_pillow_loop_that_is_compared_with_gives_the_same_crops():
+    data_config = resolve_data_config("fbnetv3_b.ra2_in1k")
+    for seed, size in enumerate([(640, 480), (333, 500)]):
+        data = make_jpeg(seed, size)
+        image = decode_image(data, limits=ImageLimits()).image
+        ours, theirs = resize_and_crop(image, data_config), loop_over_pillow(data, data_config)
+        assert (ours == theirs).all()
+
+
+def test_the_benchmark_measures_ceilings_and_writes_its_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = tmp_path / "report.json"
+    arguments = ["--model", "fbnetv3_b.ra2_in1k", "--measure", "forward", "host"]
+    arguments += ["--images", "8", "--rounds", "1", "--image-size", "32", "--batch-size", "4"]
+    assert main([*arguments, "--output", str(output), "--work-dir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    report = json.loads(output.read_text())
+    assert json.loads(printed[-1]) == report
+    rates = report["models"]["fbnetv3_b.ra2_in1k"]["rates"]
+    assert {"forward:torch", "host", "host-all", "pillow"} <= set(rates)
+    assert set(rates["host"]["stages_ms"]) == {"read", "decode", "transform"}
+    assert any(line.startswith("| host / pillow, CPU time |") for line in printed)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_wrong_settings_are_refused(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SettingsError, match="images is 4; a rate needs at least 8"):
+        BenchmarkConfig(images=4)
+    with pytest.raises(SettingsError, match="rounds is 0; it must be at least 1"):
+        BenchmarkConfig(rounds=0)
+    assert main(["--model", "resnet50"]) == 2
+    assert "unknown backbone 'resnet50'" in capsys.readouterr().err
