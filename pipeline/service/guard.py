@@ -130,13 +130,15 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
-        self._check_host(headers)
+        guarded = scope["path"] not in self._open_paths
+        if guarded:  # probes call by address, and see no data
+            self._check_host(headers)
         self._check_length(headers)
         key = _find_key(headers)
         known = bool(self._keys.digests) and self._keys.accept(key)
         # Guesses of keys share the bucket of their address, whatever they guess.
         self._check_rate(key if known else str((scope.get("client") or ("",))[0]))
-        if self._keys.digests and not known and scope["path"] not in self._open_paths:
+        if self._keys.digests and not known and guarded:
             raise Problem(
                 401, "unauthorized", detail="pass a key as Authorization: Bearer … or X-API-Key: …"
             )

@@ -1,11 +1,17 @@
 import base64
 import json
 import tarfile
+from dataclasses import replace
 
 import httpx
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from pipeline.errors import RecordError
+from pipeline.images import ImageLimits, decode_image
+from pipeline.records import Embedding
+from pipeline.service.answers import list_public_columns, show_columns
 from service.gallery import Gallery, make_image, make_vectors
 from service.services import ColourEmbedder, run_service
 
@@ -89,6 +95,16 @@ def test_classes_of_the_query_image_come_when_asked_for(http):
 def test_metadata_shows_carried_columns_and_hides_where_the_data_lies(http):
     result = post_search(http, {"key": KEY}).json()["results"][0]
     assert set(result["metadata"]) == {"width", "height", "colour", "price", "cls"}
+
+
+def test_bytes_in_carried_columns_stay_out_of_json(service):
+    info = service.index.info
+    columns = info.columns.append(pa.field("raw", pa.binary()))
+    assert "raw" not in list_public_columns(replace(info, columns=columns)).names
+    hit = service.index.snapshot.find(KEY)
+    shown = show_columns(replace(hit, columns=dict(hit.columns) | {"raw": b"\xff"}))
+    assert "colour" in shown
+    assert "raw" not in shown
 
 
 def test_vectors_come_when_asked_for(http, service):
@@ -347,10 +363,6 @@ def test_a_service_without_backbone_or_pictures_says_so(gallery):
 
 
 def test_an_image_beyond_the_pixel_limit_is_refused(gallery):
-    from pipeline.errors import RecordError
-    from pipeline.images import ImageLimits, decode_image
-    from pipeline.records import Embedding
-
     class Strict(ColourEmbedder):
         def _embed(self, data):
             try:

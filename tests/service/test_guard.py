@@ -103,6 +103,8 @@ def test_a_local_service_answers_to_no_other_name(gallery):
         for host in (f"evil.example:{port}", "localhost.evil.example", "", "127.0.0.1.nip.io"):
             response = httpx.get(f"{service.url}/v1/info", headers={"host": host})
             assert (response.status_code, response.json()["code"]) == (421, "unknown_host")
+        probe = httpx.get(f"{service.url}/readyz", headers={"host": f"10.1.2.3:{port}"})
+        assert probe.status_code == 200
 
 
 def test_a_body_beyond_the_limit_is_refused_by_its_length(gallery):
