@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline import dataflow
+from pipeline.actors import FlowSettings, make_flow_settings
 from pipeline.config import EmbedConfig
-from pipeline.dataflow import FlowSettings
 from pipeline.parts import OutputInfo, list_commits, list_retired
 from pipeline.readers import read_chunks
 from pipeline.records import Commit, Record, Shard
@@ -82,7 +82,7 @@ def _add_estimate(
     with dataflow.cluster(config.ray_address):
         resources = dataflow.choose_resources(config)
         settings = replace(
-            dataflow.make_flow_settings(config, info, resources, run_id="dry-run"),
+            make_flow_settings(config, info, resources, run_id="dry-run"),
             weights=config.weights,
         )
         samples = [_sample_shard(shard, settings) for shard in _spread(plan.embed)]

@@ -10,9 +10,9 @@ from contextlib import closing
 from dataclasses import asdict, replace
 
 from pipeline import dataflow
+from pipeline.actors import FlowSettings, make_flow_settings
 from pipeline.backbones import find_backbone
 from pipeline.config import EmbedConfig, parse_failure_limit
-from pipeline.dataflow import FlowSettings, Receipt
 from pipeline.efficiency import judge_run
 from pipeline.errors import CorruptionError, SettingsError, StorageError
 from pipeline.estimate import DryRunReport, count_shards, estimate_run, list_again
@@ -32,6 +32,7 @@ from pipeline.parts import (
     verify_output,
     write_commit,
 )
+from pipeline.receipts import Receipt
 from pipeline.records import Commit, PartInfo, Shard, count_statuses
 from pipeline.report import LOG, Counters, EmbedReport, ImageCounts, show_progress
 from pipeline.report_page import render_report, sample_failures
@@ -42,8 +43,14 @@ from pipeline.storage import Storage, join_uri, normalise_uri
 _COMMIT_THREADS = 16
 
 
-def embed(config: EmbedConfig) -> EmbedReport | DryRunReport | VerifyReport:
+def embed(
+    config: EmbedConfig, *, stand_in: type | None = None
+) -> EmbedReport | DryRunReport | VerifyReport:
     """Bring an output up to date with its input: every image one row, exactly once.
+
+    Args:
+        config: The settings.
+        stand_in: Takes the place of the embedder actors; see ``dataflow.run_flow``.
 
     Returns:
         The report; of the check with ``verify``, of the plan with ``dry_run``.
@@ -72,7 +79,7 @@ def embed(config: EmbedConfig) -> EmbedReport | DryRunReport | VerifyReport:
     with Lease(config.output, run_id, storage=storage) as lease:
         claimed = make_output(config, info, weights, listing, storage)
         run = _Run(config, run_id, started_s, claimed, lease)
-        return run.execute(listing, list_s=list_s)
+        return run.execute(listing, list_s=list_s, stand_in=stand_in)
 
 
 def _refuse_overlap(output: str, listing: Listing) -> None:
@@ -128,6 +135,7 @@ class _Run:
         self._info = info
         self._lease = lease
         self._storage = Storage(config.storage)
+        self._stand_in: type | None = None
         self._counters = Counters()
         self._sequence = 1
         self._committed: dict[str, Commit] = {}
@@ -135,8 +143,9 @@ class _Run:
         self._resources = Resources(0, 0.0, 0.0)
         self._embed_started_s = self._embed_ended_s = started_s
 
-    def execute(self, listing: Listing, *, list_s: float) -> EmbedReport:
+    def execute(self, listing: Listing, *, list_s: float, stand_in: type | None) -> EmbedReport:
         """Bring the output up to date and report."""
+        self._stand_in = stand_in
         self._counters.seconds["list"] = list_s
         output = self._config.output
         commits, superseded = list_present_commits(output, self._storage)
@@ -227,10 +236,10 @@ class _Run:
 
     def _start_flow(self, shards: Sequence[Shard]) -> Generator[Receipt, None, None]:
         self._resources = dataflow.choose_resources(self._config)
-        settings: FlowSettings = dataflow.make_flow_settings(
+        settings: FlowSettings = make_flow_settings(
             self._config, self._info, self._resources, run_id=self._run_id
         )
-        return dataflow.run_flow(shards, settings, self._resources)
+        return dataflow.run_flow(shards, settings, self._resources, stand_in=self._stand_in)
 
     def _take(self, receipt: Receipt, opened: _OpenShard) -> bool:
         """Book a receipt; return whether its shard is complete."""

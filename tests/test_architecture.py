@@ -57,9 +57,16 @@ LAYERS = (
     ("pipeline.images", "pipeline.decodepool", "pipeline.strips", "pipeline.shards"),
     ("pipeline.containers.*", "pipeline.parts", "pipeline.lease", "pipeline.backbones.*"),
     ("pipeline.readers", "pipeline.transforms", "pipeline.engines"),
-    ("pipeline.loads", "pipeline.crops", "pipeline.quarantine", "pipeline.report"),
+    (
+        "pipeline.loads",
+        "pipeline.crops",
+        "pipeline.quarantine",
+        "pipeline.report",
+        "pipeline.receipts",
+    ),
     ("pipeline.gpudecode", "pipeline.metrics", "pipeline.report_page"),
     ("pipeline.embedder",),
+    ("pipeline.actors",),
     ("pipeline.dataflow",),
     ("pipeline.outputs", "pipeline.estimate", "pipeline.run"),
 )

@@ -12,7 +12,7 @@ import torch
 from pictures import encode, make_jpeg, make_picture
 from PIL import Image
 
-from pipeline import dataflow
+from pipeline.actors import make_flow_settings
 from pipeline.backbones import load_weights, save_weights, weights_digest
 from pipeline.config import EmbedConfig
 from pipeline.crops import HostCropMaker, pack_crops, unpack_crops
@@ -292,4 +292,4 @@ def test_what_the_actors_cannot_do_is_refused_before_any_is_started(
     )
     info, _ = describe_output(config, Storage())
     with pytest.raises(SettingsError, match=message):
-        dataflow.make_flow_settings(config, info, Resources(1, 1.0, 0.0), run_id="r")
+        make_flow_settings(config, info, Resources(1, 1.0, 0.0), run_id="r")
