@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from pipeline.config import IndexConfig
 from pipeline.index.build import build_index
-from pipeline.index.engine import Floats, set_threads
+from pipeline.index.engine import Floats
+from pipeline.index.installed import set_threads
 from pipeline.index.search import SearchIndex
 from pipeline.index.synthetic import generate_vectors, iter_vectors
 from pipeline.parts import OutputInfo, claim_output, retire_commit, write_commit, write_part
@@ -78,11 +79,12 @@ def measure_index(
     clusters = max(20, rows // CLUSTER_ROWS)
     write_embeddings(embeddings, rows, dim, clusters=clusters, seed=seed)
     context = multiprocessing.get_context("spawn")
+    settings = {"folder": folder, "rows": rows, "seed": seed}
     costs = []
     try:
         for kind in kinds:
             with context.Pool(1) as pool:  # peak memory counts per process
-                costs.append(pool.apply(_measure_kind, (kind, embeddings, folder, rows, seed)))
+                costs.append(pool.apply(_measure_kind, (kind, embeddings), settings))
     finally:
         for name in ("embeddings", "index"):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -95,7 +97,7 @@ def write_embeddings(output: str, rows: int, dim: int, *, clusters: int, seed: i
     claim_output(output, info, storage)
     blocks = iter_vectors(rows, dim, seed=seed, clusters=clusters)
     for number, block in enumerate(blocks):
-        write_shard(output, f"shard-{number:05d}.tar", block, info, storage=storage)
+        write_shard(output, f"shard-{number:05d}.tar", vectors=block, info=info, storage=storage)
 
 
 def _describe_output(dim: int) -> OutputInfo:
@@ -117,14 +119,16 @@ def _describe_output(dim: int) -> OutputInfo:
 
 
 def write_shard(
-    output: str, name: str, vectors: Floats, info: OutputInfo, *, storage: Storage
+    output: str, name: str, *, vectors: Floats, info: OutputInfo, storage: Storage
 ) -> str:
     """Commit vectors as one shard; return its id."""
     shard_id = hashlib.sha256(name.encode()).hexdigest()[:16]
     parts = []
     for chunk, first in enumerate(range(0, len(vectors), PART_ROWS)):
-        table = _make_rows(name, first, vectors[first : first + PART_ROWS], info)
-        parts.append(_write_part(output, table, shard_id, chunk, info, storage))
+        table = _make_rows(name, first, vectors=vectors[first : first + PART_ROWS], info=info)
+        parts.append(
+            _write_part(output, table, folder=shard_id, chunk=chunk, info=info, storage=storage)
+        )
     commit = Commit(
         shard_id=shard_id,
         kind="tar",
@@ -141,14 +145,14 @@ def write_shard(
 
 
 def _write_part(
-    output: str, table: pa.Table, folder: str, chunk: int, info: OutputInfo, storage: Storage
+    output: str, table: pa.Table, *, folder: str, chunk: int, info: OutputInfo, storage: Storage
 ) -> PartInfo:
     return write_part(
         output, table, folder=folder, chunk=chunk, space_id=info.space.id, storage=storage
     )
 
 
-def _make_rows(name: str, first: int, vectors: Floats, info: OutputInfo) -> pa.Table:
+def _make_rows(name: str, first: int, *, vectors: Floats, info: OutputInfo) -> pa.Table:
     numbers = range(first, first + len(vectors))
     keys = [f"{name}/{number:08d}.jpg" for number in numbers]
     flat = pa.array(np.ascontiguousarray(vectors).ravel(), pa.float32())
@@ -169,7 +173,7 @@ def _make_rows(name: str, first: int, vectors: Floats, info: OutputInfo) -> pa.T
     return pa.table(columns, schema=info.schema)
 
 
-def _measure_kind(kind: str, embeddings: str, folder: Path, rows: int, seed: int) -> IndexCost:
+def _measure_kind(kind: str, embeddings: str, *, folder: Path, rows: int, seed: int) -> IndexCost:
     index = folder / "index" / kind
     settings: dict[str, Any] = {"kind": kind, "workers": "local", "max_row_drop": 1.0}
     config = IndexConfig(index=str(index), embeddings=embeddings, **settings)
@@ -180,7 +184,9 @@ def _measure_kind(kind: str, embeddings: str, folder: Path, rows: int, seed: int
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
     queries = _draw(rows, TIMED_QUERIES, built["dim"], seed=seed + 1)
     seconds, cpu_ms = time_queries(str(index), queries)
-    night, night_cpu_s = _measure_night(config, embeddings, rows, built["dim"], seed + 2)
+    night, night_cpu_s = _measure_night(
+        config, embeddings, rows=rows, dim=built["dim"], seed=seed + 2
+    )
     return IndexCost(
         kind=built["kind"],
         rows=rows,
@@ -198,14 +204,14 @@ def _measure_kind(kind: str, embeddings: str, folder: Path, rows: int, seed: int
 
 
 def _measure_night(
-    config: IndexConfig, embeddings: str, rows: int, dim: int, seed: int
+    config: IndexConfig, embeddings: str, *, rows: int, dim: int, seed: int
 ) -> tuple[dict[str, Any], float]:
     """Add 1 % and remove 0.5 %; return the report and the CPU seconds."""
     storage, info = Storage(), _describe_output(dim)
 
     def add(name: str, number: int, draw: int) -> str:
         vectors = _draw(rows, max(1, number), dim, seed=draw)
-        return write_shard(embeddings, name, vectors, info, storage=storage)
+        return write_shard(embeddings, name, vectors=vectors, info=info, storage=storage)
 
     gone = add("gone.tar", rows // 200, seed)
     build_index(config)

@@ -28,7 +28,9 @@ def build_index(config: IndexConfig) -> IndexReport:
     files = FileStore(normalise_uri(config.index), storage, cache)
     if config.roll_back is not None:
         pointer, manifest = roll_back(files.index, config.roll_back, storage)
-        return make_report("rolled back", files.index, manifest, {"seq": pointer.seq})
+        return make_report(
+            "rolled back", files.index, manifest=manifest, details={"seq": pointer.seq}
+        )
     if config.collect_garbage != "no":
         return collect_garbage(config, files)
     if config.embeddings is None and (config.knn or config.near_duplicates):
@@ -41,7 +43,9 @@ def export_only(config: IndexConfig, files: FileStore) -> IndexReport:
     manifest = read_current(files.index, files.storage)
     if manifest is None:
         raise SettingsError(f"no index at {files.index!r}: CURRENT is missing; check the URI")
-    return make_report("exported", files.index, manifest, export(config, files, manifest))
+    return make_report(
+        "exported", files.index, manifest=manifest, details=export(config, files, manifest)
+    )
 
 
 def collect_garbage(config: IndexConfig, files: FileStore) -> IndexReport:
@@ -63,4 +67,4 @@ def collect_garbage(config: IndexConfig, files: FileStore) -> IndexReport:
     }
     action = "garbage deleted" if delete else "garbage listed"
     current = read_current(files.index, files.storage)
-    return make_report(action, files.index, current, details)
+    return make_report(action, files.index, manifest=current, details=details)

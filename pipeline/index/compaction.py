@@ -96,7 +96,7 @@ class Relocation:
     def __init__(self) -> None:
         self._places: dict[str, tuple[str, np.ndarray]] = {}
 
-    def move(self, segment: str, target: str, base: int, dead: Flags) -> int:
+    def move(self, segment: str, target: str, *, base: int, dead: Flags) -> int:
         """Note that the live rows of ``segment`` are in ``target`` from row ``base`` on.
 
         Returns:

@@ -8,21 +8,16 @@ import numpy as np
 from pipeline.config import IndexConfig
 from pipeline.errors import SettingsError
 from pipeline.index.changes import (
-    Changes,
-    Comparison,
     Owner,
-    Range,
-    compare_rows,
     make_owners,
 )
-from pipeline.index.compaction import Relocation, choose_merges, compute_imbalance
+from pipeline.index.compaction import compute_imbalance
 from pipeline.index.files import FileStore
 from pipeline.index.manifest import (
     CodecInfo,
     FileInfo,
     Manifest,
     SegmentInfo,
-    ShardRows,
     put_file,
 )
 from pipeline.index.rows import (
@@ -30,11 +25,9 @@ from pipeline.index.rows import (
     PartSource,
     SegmentSource,
     list_parts,
-    pack_bits,
-    read_bits,
 )
 from pipeline.index.segments import BuiltSegment, SegmentTask, build_segment, read_queries
-from pipeline.index.selection import LONG_LIST_ROWS, Plan, code_bytes
+from pipeline.index.selection import Plan, code_bytes
 from pipeline.index.source import Source
 from pipeline.index.tasks import Workers
 from pipeline.index.training import Draw, train
@@ -114,14 +107,16 @@ def draft_full(build: Build, reason: str) -> Draft:
         plan, parts, embeddings=source.uri, files=build.files, workers=build.workers, draw=draw
     )
     tasks = [
-        make_task(build, training.codec, training.queries, sources, packed=plan.packed)
+        make_task(
+            build, training.codec, queries=training.queries, sources=sources, packed=plan.packed
+        )
         for sources in cut_sources(parts, plan.segments)
     ]
     built = tuple(run_tasks(build, tasks))
     segments = tuple(item.info for item in built if item.info.rows)
     if not segments:
         raise SettingsError(f"{source.uri!r} holds no usable vector; look at its rows' status")
-    queries, floors = add_floors(build.files, training.queries, segments, source.dim)
+    queries, floors = add_floors(build.files, training.queries, segments=segments, dim=source.dim)
     return Draft(
         codec=describe_codec(build.files, training.codec, segments),
         segments=segments,
@@ -140,9 +135,9 @@ def draft_full(build: Build, reason: str) -> Draft:
 def make_task(
     build: Build,
     codec: CodecInfo,
+    *,
     queries: Mapping[str, FileInfo],
     sources: Sources,
-    *,
     packed: bool,
     delta: bool = False,
 ) -> SegmentTask:
@@ -187,14 +182,16 @@ def cut_sources(sources: Sources, number: int) -> list[Sources]:
 
 
 def add_floors(
-    files: FileStore, queries: Mapping[str, FileInfo], segments: Sequence[SegmentInfo], dim: int
+    files: FileStore, queries: Mapping[str, FileInfo], *, segments: Sequence[SegmentInfo], dim: int
 ) -> tuple[dict[str, FileInfo], FileInfo]:
     """Note below which scores later segments need not look for the queries' neighbours."""
     truths = [Truth.from_bytes(files.fetch(s.files["truth"]).read_bytes()) for s in segments]
     count = len(read_queries(files, queries, dim).keys)
     floors = find_floors(merge_truths(truths, count, DEPTH)).tobytes()
     folder = queries["queries"].path.rsplit("/", 1)[0]
-    stored = put_file(files.index, f"{folder}/floors-{segments[0].id}.f32", floors, files.storage)
+    stored = put_file(
+        files.index, f"{folder}/floors-{segments[0].id}.f32", data=floors, storage=files.storage
+    )
     return dict(queries) | {"floors": stored}, stored
 
 
@@ -216,113 +213,3 @@ def read_list_sizes(files: FileStore, segments: Iterable[SegmentInfo]) -> list[n
         for segment in segments
         if "lists" in segment.files
     ]
-
-
-def draft_increment(build: Build, parent: Manifest, changes: Changes) -> Draft:
-    """Build one segment of what is new, mark what is gone, and take over everything else."""
-    dead = {
-        name: read_bits(build.files, item.file, item.file.size_bytes * 8)
-        for name, item in parent.tombstones.items()
-    }
-    segments = {segment.id: segment for segment in parent.segments}
-    dead = {name: bits[: segments[name].rows] for name, bits in dead.items()}
-    before = sum(int(bits.sum()) for bits in dead.values())
-    kill_owners(changes.gone, segments, dead)
-    compared = [
-        compare_rows(
-            item, embeddings=build.source.uri, segments=segments, dead=dead, files=build.files
-        )
-        for item in changes.replaced
-    ]
-    kill_rows(compared, segments, dead)
-    parts = [part for item in compared for part in item.sources] + list_parts(changes.added)
-    live = {
-        s.id: s.rows - int(dead[s.id].sum()) if s.id in dead else s.rows for s in parent.segments
-    }
-    new_rows = sum(map(count_rows, parts))
-    merged = choose_merges(parent.segments, live, new_rows)
-    built, relocation = _build_new(build, parent, parts, merged, dead)
-    left = [s for s in parent.segments if live[s.id] and s not in merged]
-    ranges = [(item.info.id, item.shards) for item in built]
-    owners = [relocation.apply(owner) for owner in changes.kept]
-    owners += [relocation.apply(_own(item, ranges)) for item in compared]
-    owners += make_owners(changes.added, ranges)
-    added = sum(item.info.rows for item in built) - sum(live[s.id] for s in merged)
-    return Draft(
-        codec=parent.codec,
-        segments=(*left, *(item.info for item in built if item.info.rows)),
-        dead={s.id: dead[s.id] for s in left if s.id in dead and dead[s.id].any()},
-        owners=tuple(owners),
-        queries=parent.queries,
-        map=parent.map,
-        built=tuple(built),
-        written=(),
-        added=added,
-        removed=sum(int(bits.sum()) for bits in dead.values()) - before,
-        reason=_explain_increment(merged, new_rows),
-    )
-
-
-def _explain_increment(merged: Sequence[SegmentInfo], new_rows: int) -> str:
-    if merged:
-        return f"{len(merged)} segments merged with {new_rows:,} new rows"
-    return f"{new_rows:,} new rows as a delta" if new_rows else "nothing new; deletions only"
-
-
-def kill_owners(
-    owners: Iterable[Owner], segments: Mapping[str, SegmentInfo], dead: dict[str, Flags]
-) -> None:
-    """Mark all rows of owners as deleted."""
-    for owner in owners:
-        for item in owner.ranges:
-            bits = dead.setdefault(item.segment, np.zeros(segments[item.segment].rows, bool))
-            bits[item.first : item.first + item.rows] = True
-
-
-def kill_rows(
-    compared: Iterable[Comparison], segments: Mapping[str, SegmentInfo], dead: dict[str, Flags]
-) -> None:
-    """Mark the rows that are no longer there as deleted."""
-    for item in compared:
-        for segment, rows in item.dead.items():
-            dead.setdefault(segment, np.zeros(segments[segment].rows, bool))[rows] = True
-
-
-def _own(item: Comparison, built: Iterable[tuple[str, Sequence[ShardRows]]]) -> Owner:
-    ranges, skipped = list(item.ranges), 0
-    for segment, shards in built:
-        for rows in shards:
-            if rows.shard_id in item.shards:
-                ranges.append(Range(segment, rows.first, rows.rows))
-                skipped += rows.skipped
-    return Owner(item.shards, tuple(r for r in ranges if r.rows), skipped)
-
-
-def _build_new(
-    build: Build,
-    parent: Manifest,
-    parts: Sequence[PartSource],
-    merged: Sequence[SegmentInfo],
-    dead: Mapping[str, Flags],
-) -> tuple[list[BuiltSegment], Relocation]:
-    bits = {s.id: dead.get(s.id, np.zeros(s.rows, bool)) for s in merged}
-    sources: list[PartSource | SegmentSource] = [
-        SegmentSource(s, pack_bits(bits[s.id]) if bits[s.id].any() else b"") for s in merged
-    ]
-    sources += parts
-    rows = sum(map(count_rows, sources))
-    limit = max(1, -(-build.plan.rows // build.plan.segments))
-    packed = bool(merged) and rows >= LONG_LIST_ROWS * parent.codec.lists
-    tasks = [
-        make_task(build, parent.codec, parent.queries, run, packed=packed, delta=not merged)
-        for run in cut_sources(sources, -(-rows // limit))
-    ]
-    built = run_tasks(build, tasks)
-    relocation = Relocation()
-    for task, item in zip(tasks, built, strict=True):
-        base = 0
-        for source in task.sources:
-            if isinstance(source, SegmentSource):
-                segment = source.segment.id
-                base = relocation.move(segment, item.info.id, base, bits[segment])
-    return built, relocation

@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.index import engine
 from pipeline.index.changes import encode_owners
 from pipeline.index.draft import Build, Draft
 from pipeline.index.gates import (
@@ -16,13 +15,14 @@ from pipeline.index.gates import (
     check_rows,
     check_self_hits,
 )
+from pipeline.index.installed import describe_engine
 from pipeline.index.manifest import FileInfo, Manifest, SearchParams, Tombstones, put_file
 from pipeline.index.measure import Measured, MeasureTask, combine, measure_segment, read_truth
 from pipeline.index.publish import name_generation
 from pipeline.index.rows import pack_bits
 from pipeline.index.segments import read_queries
 from pipeline.index.selection import code_bytes
-from pipeline.index.tune import Tuned, tune
+from pipeline.index.tune import Measure, Tuned, tune
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +45,41 @@ class Finished:
         return sum(file.size_bytes for file in self.written)
 
 
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """What a generation needs besides its segments.
+
+    Attributes:
+        generation: Its name.
+        tombstones: Deleted rows by segment id.
+        owners: The file that says which shards own which rows.
+        written: The files that are new.
+    """
+
+    generation: str
+    tombstones: Mapping[str, Tombstones]
+    owners: FileInfo
+    written: tuple[FileInfo, ...]
+
+
 def finish(build: Build, draft: Draft, seq: int) -> Finished:
     """Write what is left to write, measure, check the gates; publishes nothing."""
-    generation = name_generation(seq)
-    tombstones, written = write_tombstones(build, draft, generation)
-    owners = put_file(
-        build.files.index,
-        f"generations/{generation}/owners.json",
-        encode_owners(draft.owners),
-        build.files.storage,
+    rest = write_rest(build, draft, name_generation(seq))
+    tuned = measure_draft(build, draft, rest.tombstones)
+    manifest = make_manifest(build, draft, rest, tuned=tuned, seq=seq)
+    new = [f for b in draft.built if not b.reused for f in b.info.files.values()]
+    return Finished(
+        manifest,
+        tuple(list_gates(build, draft, manifest=manifest, measured=tuned.chosen)),
+        (*new, *draft.written, *rest.written),
     )
-    tuned = measure_draft(build, draft, tombstones)
+
+
+def make_manifest(build: Build, draft: Draft, rest: Rest, *, tuned: Tuned, seq: int) -> Manifest:
+    """Return the manifest of a generation whose files are all written."""
     parent = build.parent
-    manifest = Manifest(
-        generation=generation,
+    return Manifest(
+        generation=rest.generation,
         seq=seq,
         parent=parent.generation if parent else None,
         created_s=time.time(),
@@ -67,51 +88,69 @@ def finish(build: Build, draft: Draft, seq: int) -> Finished:
         rows=draft.rows,
         codec=draft.codec,
         segments=draft.segments,
-        tombstones=tombstones,
+        tombstones=rest.tombstones,
         search=tuned.chosen.params,
         reason=build.plan.reason,
         change=draft.reason,
         queries=draft.queries,
         measured=tuned.chosen.to_dict() | {"target": build.config.target_recall},
         curve=tuple(item.to_dict() for item in tuned.curve) or (parent.curve if parent else ()),
-        owners=owners,
+        owners=rest.owners,
         map=draft.map,
         skipped=draft.skipped,
-        faiss_version=engine.describe_engine().version,
-    )
-    new = [f for b in draft.built if not b.reused for f in b.info.files.values()]
-    return Finished(
-        manifest,
-        tuple(list_gates(build, draft, manifest, tuned.chosen)),
-        (*new, *draft.written, *written, owners),
+        faiss_version=describe_engine().version,
     )
 
 
-def write_tombstones(
-    build: Build, draft: Draft, generation: str
-) -> tuple[dict[str, Tombstones], list[FileInfo]]:
-    """Write the deletions that are new; take over those that are not."""
+def write_rest(build: Build, draft: Draft, generation: str) -> Rest:
+    """Write owners, and the deletions that are new; take over those that are not."""
+    index, storage = build.files.index, build.files.storage
+    path = f"generations/{generation}/owners.json"
+    owners = put_file(index, path, data=encode_owners(draft.owners), storage=storage)
     old = build.parent.tombstones if build.parent else {}
     tombstones: dict[str, Tombstones] = {}
-    written: list[FileInfo] = []
+    written = [owners]
     for segment, dead in draft.dead.items():
         rows = int(dead.sum())
         if segment in old and old[segment].rows == rows:  # rows never come back to life
             tombstones[segment] = old[segment]
             continue
         path = f"tombstones/{generation}/{segment}.bits"
-        file = put_file(build.files.index, path, pack_bits(dead), build.files.storage)
-        tombstones[segment] = Tombstones(file, rows)
-        written.append(file)
-    return tombstones, written
+        tombstones[segment] = Tombstones(
+            put_file(index, path, data=pack_bits(dead), storage=storage), rows
+        )
+        written.append(tombstones[segment].file)
+    return Rest(generation, tombstones, owners, tuple(written))
 
 
 def measure_draft(build: Build, draft: Draft, tombstones: Mapping[str, Tombstones]) -> Tuned:
     """Measure with the parent's parameters if they still do; tune otherwise."""
+    measure = make_measure(build, draft, tombstones)
+    target = build.config.target_recall
+    if build.parent is not None and build.parent.codec == draft.codec:
+        [again] = measure([build.parent.search], True)
+        if again.recall[10][0] >= target:
+            return Tuned(again, ())
+    return tune(
+        draft.codec.kind,
+        lists=draft.codec.lists,
+        rows=max(segment.rows for segment in draft.segments),
+        target=target,
+        measure=measure,
+    )
+
+
+def make_measure(build: Build, draft: Draft, tombstones: Mapping[str, Tombstones]) -> Measure:
+    """Return what measures settings over all segments of a draft, one task a segment."""
     files, dim = build.files, build.source.dim
-    queries = read_queries(files, draft.queries, dim)
-    truth = read_truth(files, draft.segments, tombstones, queries)
-    memory_bytes = max(s.rows for s in draft.segments) * code_bytes(draft.codec.kind, dim)
+    truth = read_truth(
+        files,
+        draft.segments,
+        tombstones=tombstones,
+        queries=read_queries(files, draft.queries, dim),
+    )
+    rows = max(segment.rows for segment in draft.segments)
+    memory_bytes = rows * code_bytes(draft.codec.kind, dim) + (1 << 29)
 
     def measure(settings: Sequence[SearchParams], timed: bool) -> list[Measured]:
         tasks = [
@@ -127,24 +166,13 @@ def measure_draft(build: Build, draft: Draft, tombstones: Mapping[str, Tombstone
             )
             for segment in draft.segments
         ]
-        measures = build.workers.run(measure_segment, tasks, memory_bytes=memory_bytes + (1 << 29))
+        measures = build.workers.run(measure_segment, tasks, memory_bytes=memory_bytes)
         return combine(measures, settings, truth)
 
-    target = build.config.target_recall
-    if build.parent is not None and build.parent.codec == draft.codec:
-        [again] = measure([build.parent.search], True)
-        if again.recall[10][0] >= target:
-            return Tuned(again, ())
-    return tune(
-        draft.codec.kind,
-        lists=draft.codec.lists,
-        rows=max(segment.rows for segment in draft.segments),
-        target=target,
-        measure=measure,
-    )
+    return measure
 
 
-def list_gates(build: Build, draft: Draft, manifest: Manifest, measured: Measured) -> list[Gate]:
+def list_gates(build: Build, draft: Draft, *, manifest: Manifest, measured: Measured) -> list[Gate]:
     """Check all gates; digests and counts were verified when the segments were measured."""
     config = build.config
     new = {item.info.id for item in draft.built}

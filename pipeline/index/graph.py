@@ -14,13 +14,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.index import engine
 from pipeline.index.engine import Floats, Rows
 from pipeline.index.files import FileStore
+from pipeline.index.installed import set_threads
 from pipeline.index.manifest import Manifest, SegmentInfo
 from pipeline.index.opened import Mask, Request, Segment, keep_best
 from pipeline.index.rows import normalise_rows, read_bits
-from pipeline.index.segments import read_codec
+from pipeline.index.segments import open_codec
 from pipeline.index.tasks import Workers
 from pipeline.storage import join_uri
 
@@ -118,15 +118,17 @@ def write_neighbours(
         report["knn"] = {"uri": join_uri(files.index, base, f"knn-{knn}"), "rows": manifest.rows}
     if threshold is not None:
         path = f"{base}/near-duplicates-{threshold:g}.parquet"
-        report["near_duplicates"] = write_groups(files, manifest, merge_pairs(pairs), path)
+        report["near_duplicates"] = write_groups(
+            files, manifest, pairs=merge_pairs(pairs), path=path
+        )
     return report
 
 
 def find_neighbours(task: GraphTask) -> Pairs:
     """Search for the neighbours of the task's rows in every segment, one after another."""
-    engine.set_threads(1)
+    set_threads(1)
     manifest, files = task.manifest, task.files
-    codec = read_codec(files, manifest.codec, manifest.dim)
+    codec = open_codec(files, manifest.codec, manifest.dim)
     own = Segment(manifest.segments[task.segment], codec, files)
     span = np.arange(task.first, task.first + task.rows)
     mask = read_mask(files, manifest, own.info)
@@ -136,7 +138,7 @@ def find_neighbours(task: GraphTask) -> Pairs:
     found = np.zeros((len(queries), 0), np.int64)
     for number, info in enumerate(manifest.segments):
         segment = own if number == task.segment else Segment(info, codec, files)
-        blocks = search_blocks(own, queries, segment, manifest, k=k, files=files)
+        blocks = search_blocks(own, queries, segment=segment, manifest=manifest, k=k, files=files)
         values, rows = (np.concatenate(items) for items in zip(*blocks, strict=True))
         scores = np.concatenate([scores, values], axis=1)
         found = np.concatenate([found, number_rows(number, rows)], axis=1)
@@ -144,8 +146,8 @@ def find_neighbours(task: GraphTask) -> Pairs:
     itself = number_rows(task.segment, queries)
     scores, found = drop_itself(scores, found, itself)
     if task.knn is not None:
-        write_knn(task, itself, scores[:, : task.knn], found[:, : task.knn])
-    return select_pairs(itself, scores, found, task.threshold)
+        write_knn(task, itself, scores=scores[:, : task.knn], found=found[:, : task.knn])
+    return select_pairs(itself, scores, found=found, threshold=task.threshold)
 
 
 def read_mask(files: FileStore, manifest: Manifest, info: SegmentInfo) -> Mask | None:
@@ -159,9 +161,9 @@ def read_mask(files: FileStore, manifest: Manifest, info: SegmentInfo) -> Mask |
 def search_blocks(
     own: Segment,
     queries: Rows,
+    *,
     segment: Segment,
     manifest: Manifest,
-    *,
     k: int,
     files: FileStore,
 ) -> Iterator[tuple[Floats, Rows]]:
@@ -187,7 +189,7 @@ def drop_itself(scores: Floats, found: Rows, itself: Rows) -> tuple[Floats, Rows
     return keep_best(np.where(own, -np.inf, scores).astype(np.float32), found, found.shape[1])
 
 
-def write_knn(task: GraphTask, queries: Rows, scores: Floats, found: Rows) -> None:
+def write_knn(task: GraphTask, queries: Rows, *, scores: Floats, found: Rows) -> None:
     """Write one row per neighbour: ``key``, ``rank``, ``neighbour``, ``score``."""
     real = np.isfinite(scores)
     ranks = np.broadcast_to(np.arange(1, scores.shape[1] + 1, dtype=np.int32), scores.shape)
@@ -221,7 +223,7 @@ def read_names(files: FileStore, manifest: Manifest, numbers: Rows) -> pa.Array:
     return pa.array(names, pa.large_string())
 
 
-def select_pairs(queries: Rows, scores: Floats, found: Rows, threshold: float | None) -> Pairs:
+def select_pairs(queries: Rows, scores: Floats, *, found: Rows, threshold: float | None) -> Pairs:
     """Return the pairs that are at least as similar as the threshold."""
     if threshold is None:
         return Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
@@ -238,7 +240,9 @@ def merge_pairs(pairs: Sequence[Pairs]) -> Pairs:
     )
 
 
-def write_groups(files: FileStore, manifest: Manifest, pairs: Pairs, path: str) -> dict[str, Any]:
+def write_groups(
+    files: FileStore, manifest: Manifest, *, pairs: Pairs, path: str
+) -> dict[str, Any]:
     """Write one row per image that has a near duplicate: ``group``, ``key``, ``score``.
 
     ``score`` is the largest cosine to another image of the group.

@@ -121,7 +121,13 @@ def read_queries(config: SearchConfig, index: SearchIndex, storage: Storage) -> 
         return [Query(config.key, index.vector(config.key), _read_picture(row, storage)[0])]
     if config.image is not None:
         data = storage.read(config.image)
-        return [Query(config.image, embed_query(data, config.image, index.info, storage), data)]
+        return [
+            Query(
+                config.image,
+                embed_query(data, config.image, info=index.info, storage=storage),
+                data,
+            )
+        ]
     assert config.vector is not None
     name = Path(config.vector).name
     vectors = read_vector_file(config.vector, storage)
@@ -130,7 +136,7 @@ def read_queries(config: SearchConfig, index: SearchIndex, storage: Storage) -> 
     return [Query(f"{name}[{row}]", vector) for row, vector in enumerate(vectors)]
 
 
-def embed_query(data: bytes, name: str, info: IndexInfo, storage: Storage) -> Floats:
+def embed_query(data: bytes, name: str, *, info: IndexInfo, storage: Storage) -> Floats:
     """Embed a picture exactly as the index's images were embedded.
 
     Raises:

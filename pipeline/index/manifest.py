@@ -325,7 +325,7 @@ def manifest_path(generation: str) -> str:
     return f"generations/{generation}/manifest.json"
 
 
-def put_file(index: str, path: str, data: bytes, storage: Storage) -> FileInfo:
+def put_file(index: str, path: str, *, data: bytes, storage: Storage) -> FileInfo:
     """Write a small file of an index and describe it."""
     storage.put(join_uri(index, path), data)
     return FileInfo(path, len(data), digest_bytes(data))

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.index import engine
-from pipeline.index.engine import Floats
+from pipeline.index.engine import Floats, Rows
 from pipeline.index.files import FileStore
+from pipeline.index.installed import set_threads
 from pipeline.index.manifest import CodecInfo, FileInfo, SearchParams, SegmentInfo, Tombstones
 from pipeline.index.opened import Mask, Request, Segment, keep_best
 from pipeline.index.rows import read_bits
-from pipeline.index.segments import read_codec, read_queries
+from pipeline.index.segments import open_codec, read_queries
 from pipeline.index.truth import DEPTH, Queries, Truth, count_hits, drop_dead, merge_truths
 
 RANKS = (1, 10, 100)
@@ -108,8 +108,8 @@ def measure_segment(task: MeasureTask) -> SegmentMeasure:
 
     Opening it verifies its digests, its row count and its keys, which makes this a gate as well.
     """
-    engine.set_threads(1)
-    codec = read_codec(task.files, task.codec, task.dim)
+    set_threads(1)
+    codec = open_codec(task.files, task.codec, task.dim)
     segment = Segment(task.segment, codec, task.files)
     queries = read_queries(task.files, task.queries, task.dim)
     dead = read_bits(
@@ -117,10 +117,16 @@ def measure_segment(task: MeasureTask) -> SegmentMeasure:
     )
     mask = Mask.from_flags(~dead, chosen=False) if task.tombstones else None
     own = np.array([_find_own(segment, key) for key in queries.keys], np.int64)
-    scores = tuple(_search_others(segment, queries.vectors, own, p, mask) for p in task.settings)
+    scores = tuple(
+        _search_others(segment, queries.vectors, own=own, params=p, mask=mask)
+        for p in task.settings
+    )
     if not task.timed:
         return SegmentMeasure(scores, (), (), 0, 0)
-    timed = [_time_queries(segment, queries.vectors, params, mask) for params in task.settings]
+    timed = [
+        _time_queries(segment, queries.vectors, params=params, mask=mask)
+        for params in task.settings
+    ]
     hits, tried = _count_self_hits(segment, task.settings[-1], mask)
     shared, single = tuple(t[0] for t in timed), tuple(t[1] for t in timed)
     return SegmentMeasure(scores, single, shared, hits, tried)
@@ -131,7 +137,7 @@ def _find_own(segment: Segment, key: str) -> int:
     return -1 if row is None else row
 
 
-def _make_request(segment: Segment, vectors: Floats, params: SearchParams, k: int) -> Request:
+def _make_request(segment: Segment, vectors: Floats, *, params: SearchParams, k: int) -> Request:
     rotated = segment.codec.rotate(vectors)
     return Request(vectors, rotated, k, params, segment.codec.find_lists(rotated, params.nprobe))
 
@@ -139,25 +145,26 @@ def _make_request(segment: Segment, vectors: Floats, params: SearchParams, k: in
 def _search_others(
     segment: Segment,
     vectors: Floats,
-    own: engine.Rows,
+    *,
+    own: Rows,
     params: SearchParams,
     mask: Mask | None,
 ) -> Floats:
     """Return the best scores of each query, its own row left out."""
-    request = _make_request(segment, vectors, params, max(RANKS) + 1)
+    request = _make_request(segment, vectors, params=params, k=max(RANKS) + 1)
     scores, rows = segment.search(request, mask)
     scores = np.where(rows == own[:, None], -np.inf, scores).astype(np.float32)
     return keep_best(scores, rows, max(RANKS))[0]
 
 
 def _time_queries(
-    segment: Segment, vectors: Floats, params: SearchParams, mask: Mask | None
+    segment: Segment, vectors: Floats, *, params: SearchParams, mask: Mask | None
 ) -> tuple[Floats, Floats]:
     """Return the seconds that single queries spend before the segment, and in it."""
     shared, single = [], []
     for vector in vectors[:TIMED_QUERIES]:
         started = time.perf_counter()
-        request = _make_request(segment, vector[None], params, 10)
+        request = _make_request(segment, vector[None], params=params, k=10)
         middle = time.perf_counter()
         segment.search(request, mask)
         shared.append(middle - started)
@@ -173,7 +180,7 @@ def _count_self_hits(segment: Segment, params: SearchParams, mask: Mask | None) 
     vectors = segment.read_vectors(rows)
     if not len(rows):
         return 0, 0
-    scores, _ = segment.search(_make_request(segment, vectors, params, 10), mask)
+    scores, _ = segment.search(_make_request(segment, vectors, params=params, k=10), mask)
     # An exact duplicate is as good as the row itself; stored vectors are rounded, codes may not be.
     own = np.einsum("nd,nd->n", vectors, vectors)
     return int((scores[:, 0] >= own - SELF_TOLERANCE).sum()), len(rows)
@@ -237,6 +244,7 @@ def estimate_recall(found: Floats, truth: Floats, rank: int) -> tuple[float, flo
 def read_truth(
     files: FileStore,
     segments: Sequence[SegmentInfo],
+    *,
     tombstones: Mapping[str, Tombstones],
     queries: Queries,
 ) -> Floats:

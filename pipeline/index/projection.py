@@ -72,7 +72,7 @@ def read_map(file: FileInfo | None, files: FileStore) -> MapPoints | None:
 def write_map(points: MapPoints, index: str, storage: Storage) -> FileInfo:
     """Write the map of a generation that is about to be published; its manifest names it."""
     data = points.to_json()
-    return put_file(index, f"maps/{digest_bytes(data)[:16]}.json", data, storage)
+    return put_file(index, f"maps/{digest_bytes(data)[:16]}.json", data=data, storage=storage)
 
 
 def compute_map(

@@ -24,7 +24,7 @@ def name_generation(seq: int) -> str:
     return f"{seq:06d}-{uuid.uuid4().hex[:8]}"
 
 
-def publish(index: str, manifest: Manifest, before: Version, storage: Storage) -> Pointer:
+def publish(index: str, manifest: Manifest, *, before: Version, storage: Storage) -> Pointer:
     """Write the manifest, then swap the pointer, if nobody else has meanwhile.
 
     Args:
@@ -38,11 +38,17 @@ def publish(index: str, manifest: Manifest, before: Version, storage: Storage) -
     """
     data = manifest.to_json()
     storage.put_if_absent(join_uri(index, manifest_path(manifest.generation)), data)
-    return swap_pointer(index, manifest.generation, digest_bytes(data), before, storage)
+    return swap_pointer(
+        index,
+        manifest.generation,
+        manifest_sha256=digest_bytes(data),
+        before=before,
+        storage=storage,
+    )
 
 
 def swap_pointer(
-    index: str, generation: str, manifest_sha256: str, before: Version, storage: Storage
+    index: str, generation: str, *, manifest_sha256: str, before: Version, storage: Storage
 ) -> Pointer:
     """Make ``CURRENT`` point to a generation whose manifest is there.
 
@@ -98,7 +104,9 @@ def roll_back(index: str, target: str, storage: Storage) -> tuple[Pointer, Manif
     missing = [f.path for f in manifest.list_files() if not storage.exists(join_uri(index, f.path))]
     if missing:
         raise SettingsError(f"generation {name} is no longer whole: {missing[0]} is missing")
-    return swap_pointer(index, name, digest_bytes(data), before, storage), manifest
+    return swap_pointer(
+        index, name, manifest_sha256=digest_bytes(data), before=before, storage=storage
+    ), manifest
 
 
 def _find_previous(index: str, pointer: Pointer, storage: Storage) -> str:

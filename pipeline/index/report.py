@@ -37,7 +37,7 @@ class IndexReport:
 
 
 def make_report(
-    action: str, index: str, manifest: Manifest | None, details: Mapping[str, Any]
+    action: str, index: str, *, manifest: Manifest | None, details: Mapping[str, Any]
 ) -> IndexReport:
     """Return a report about a generation, or about an index that has none."""
     if manifest is None:

@@ -1,14 +1,11 @@
 """Nearest neighbours: open an index, search it from any number of threads, keep it fresh."""
 
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import (
@@ -18,8 +15,10 @@ from pipeline.errors import (
     SpaceMismatchError,
     UnknownKeyError,
 )
-from pipeline.index import engine
+from pipeline.index.engine import Floats, Rows
 from pipeline.index.files import FileStore, default_cache_dir
+from pipeline.index.generation import Generation
+from pipeline.index.installed import set_threads
 from pipeline.index.manifest import (
     Manifest,
     Pointer,
@@ -29,88 +28,29 @@ from pipeline.index.manifest import (
     read_manifest,
     read_pointer,
 )
-from pipeline.index.opened import Generation, Mask
-from pipeline.index.rows import MIN_NORM
+from pipeline.index.neighbour import (
+    IndexInfo,
+    Neighbour,
+    check_vectors,
+    describe_generation,
+    make_neighbour,
+)
+from pipeline.index.opened import Mask
 from pipeline.records import Space
 from pipeline.storage import Storage, join_uri, normalise_uri
+
+__all__ = ["IndexInfo", "Neighbour", "SearchIndex", "Snapshot"]
 
 MAX_K = 10_000
 KEPT_MASKS = 16
 SUGGESTIONS = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Neighbour:
-    """A row of the index as a search found it.
-
-    Attributes:
-        key: Key of the image.
-        score: Cosine similarity to the query, at most 1.
-        shard: URI of the object that holds the image.
-        row: Position in its shard.
-        offset: Where the encoded image starts in ``shard``, bytes; None where no ranged read can
-            give it.
-        nbytes: Length of the encoded image.
-        columns: All stored columns of the row but the vector, the carried ones among them.
-    """
-
-    key: str
-    score: float
-    shard: str
-    row: int
-    offset: int | None
-    nbytes: int
-    columns: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class IndexInfo:
-    """What describes the generation that serves.
-
-    Attributes:
-        uri: URI of the index.
-        generation: Name of the generation.
-        rows: Live rows.
-        dim: Width of the vectors.
-        space: What decided the numbers of its vectors.
-        embeddings: URI of the embeddings it was built from.
-        weights: URI of the backbone's weights, to embed a query picture.
-        kind: Kind of index, e.g. ``"flat"``.
-        factory: FAISS factory string.
-        search: Tuned search parameters.
-        measured: Recall and latency on held-out queries.
-        created_s: When it was built, in seconds since 1970.
-        newest_image_s: Change time of its newest image, in seconds since 1970, if known.
-        segments: Number of segments.
-        deleted: Rows that are stored but deleted.
-        size_bytes: Size of all its files.
-        columns: Stored columns but the vector.
-    """
-
-    uri: str
-    generation: str
-    rows: int
-    dim: int
-    space: Space
-    embeddings: str
-    weights: str
-    kind: str
-    factory: str
-    search: SearchParams
-    measured: Mapping[str, Any]
-    created_s: float
-    newest_image_s: float | None
-    segments: int
-    deleted: int
-    size_bytes: int
-    columns: pa.Schema
-
-
 class Snapshot:
     """One open generation; stays usable while somebody holds it, whatever is published."""
 
     def __init__(self, uri: str, opened: Generation, *, threads: int) -> None:
-        self.info = _describe(uri, opened)
+        self.info = describe_generation(uri, opened)
         self.opened = opened
         self._threads = threads
         self._masks: dict[str, list[Mask | None]] = {}
@@ -141,7 +81,7 @@ class Snapshot:
         queries = check_vectors(vectors, self.info)
         if not 1 <= k <= MAX_K:
             raise QueryError(f"k is {k}; ask for 1 to {MAX_K} neighbours")
-        engine.set_threads(self._threads)
+        set_threads(self._threads)
         masks = None if where is None else self._find_masks(where)
         if exact:
             found = self.opened.scan(queries, k, masks=masks)
@@ -160,7 +100,7 @@ class Snapshot:
         found = self.search(self.vector(key)[None], min(k + 1, MAX_K), where)[0]
         return [neighbour for neighbour in found if neighbour.key != key][:k]
 
-    def vector(self, key: str) -> engine.Floats:
+    def vector(self, key: str) -> Floats:
         """Return the stored unit vector of an image, float32 (dim,).
 
         Raises:
@@ -206,9 +146,7 @@ class Snapshot:
                 self._masks[text] = masks
         return masks
 
-    def _describe_rows(
-        self, scores: engine.Floats, numbers: engine.Rows, rows: engine.Rows
-    ) -> list[list[Neighbour]]:
+    def _describe_rows(self, scores: Floats, numbers: Rows, rows: Rows) -> list[list[Neighbour]]:
         found: dict[tuple[int, int], dict[str, Any]] = {}
         usable = np.isfinite(scores)
         for number, segment in enumerate(self.opened.segments):
@@ -217,70 +155,12 @@ class Snapshot:
             found |= zip(((number, int(row)) for row in wanted), records, strict=True)
         return [
             [
-                _make_neighbour(float(score), found[int(number), int(row)])
+                make_neighbour(float(score), found[int(number), int(row)])
                 for score, number, row in zip(*line, strict=True)
                 if np.isfinite(score)
             ]
             for line in zip(scores, numbers, rows, strict=True)
         ]
-
-
-def _make_neighbour(score: float, columns: dict[str, Any]) -> Neighbour:
-    return Neighbour(
-        key=columns["key"],
-        score=min(1.0, score),
-        shard=columns["shard"],
-        row=columns["row"],
-        offset=columns["offset"],
-        nbytes=columns["nbytes"],
-        columns=columns,
-    )
-
-
-def _describe(uri: str, opened: Generation) -> IndexInfo:
-    manifest = opened.manifest
-    return IndexInfo(
-        uri=uri,
-        generation=manifest.generation,
-        rows=manifest.rows,
-        dim=manifest.dim,
-        space=manifest.embeddings.space,
-        embeddings=manifest.embeddings.uri,
-        weights=manifest.embeddings.weights,
-        kind=manifest.codec.kind,
-        factory=manifest.codec.factory,
-        search=manifest.search,
-        measured=manifest.measured,
-        created_s=manifest.created_s,
-        newest_image_s=manifest.embeddings.newest_image_s,
-        segments=len(manifest.segments),
-        deleted=sum(item.rows for item in manifest.tombstones.values()),
-        size_bytes=sum(file.size_bytes for file in manifest.list_files()),
-        columns=opened.columns,
-    )
-
-
-def check_vectors(vectors: npt.ArrayLike, info: IndexInfo) -> engine.Floats:
-    """Return query vectors as unit vectors, float32 (n, dim).
-
-    Raises:
-        QueryError: They have another width, or are not finite, or have no direction.
-    """
-    try:
-        queries = np.atleast_2d(np.asarray(vectors, np.float64))
-    except (TypeError, ValueError) as error:
-        raise QueryError(f"the query is not an array of numbers: {error}") from error
-    if queries.ndim != 2 or queries.shape[1] != info.dim:
-        raise QueryError(
-            f"the query has shape {np.shape(vectors)}; this index of {info.space.backbone} holds "
-            f"vectors of {info.dim}"
-        )
-    if not np.isfinite(queries).all():
-        raise QueryError("the query holds NaN or infinite values; embed the image again")
-    norms = np.linalg.norm(queries, axis=1, keepdims=True)
-    if (norms < MIN_NORM).any():
-        raise QueryError("the query is a zero vector; it has no nearest neighbours")
-    return np.asarray(queries / norms, np.float32)
 
 
 class SearchIndex:
@@ -358,7 +238,7 @@ class SearchIndex:
         """
         return self._snapshot.neighbours_of(key, k, where)
 
-    def vector(self, key: str) -> engine.Floats:
+    def vector(self, key: str) -> Floats:
         """Return the stored unit vector of an image, float32 (dim,).
 
         Raises:

@@ -14,7 +14,10 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import CorruptionError, ObjectMissingError
 from pipeline.index import engine
+from pipeline.index.codec import Codec, read_codec
+from pipeline.index.engine import Floats
 from pipeline.index.files import FileStore, describe_file
+from pipeline.index.installed import set_threads
 from pipeline.index.manifest import (
     CodecInfo,
     FileInfo,
@@ -120,7 +123,7 @@ def build_segment(task: SegmentTask) -> BuiltSegment:
         return BuiltSegment.from_json(task.storage.read(done))
     except ObjectMissingError:
         pass
-    engine.set_threads(task.threads)
+    set_threads(task.threads)
     files = FileStore(task.index, task.storage, task.cache_dir)
     with tempfile.TemporaryDirectory(prefix="segment-") as scratch:
         writer = _SegmentWriter(task, files, Path(scratch))
@@ -141,11 +144,11 @@ def read_queries(files: FileStore, queries: Mapping[str, FileInfo], dim: int) ->
     return decode_queries(files.fetch(queries["queries"]).read_bytes(), floors)
 
 
-def read_codec(files: FileStore, codec: CodecInfo, dim: int) -> engine.Codec:
+def open_codec(files: FileStore, codec: CodecInfo, dim: int) -> Codec:
     """Return the codec of a generation, its file verified."""
     path = files.fetch(codec.file) if codec.file else None
     shown_as = join_uri(files.index, codec.file.path) if codec.file else codec.kind
-    return engine.read_codec(codec.kind, dim, path, shown_as=shown_as)
+    return read_codec(codec.kind, dim, path, shown_as=shown_as)
 
 
 @dataclass(slots=True)
@@ -162,7 +165,7 @@ class _Totals:
 class _SegmentWriter:
     def __init__(self, task: SegmentTask, files: FileStore, scratch: Path) -> None:
         self._task, self._scratch, self._files = task, scratch, files
-        self._codec = read_codec(files, task.codec, task.dim)
+        self._codec = open_codec(files, task.codec, task.dim)
         self._index = self._codec.make_index(packed=task.packed)
         self._truth = TruthBuilder(read_queries(files, task.queries, task.dim))
         self._vectors = (scratch / "vectors.f16").open("wb")
@@ -198,7 +201,7 @@ class _SegmentWriter:
         self._keys.write_table(keys, row_group_size=KEY_GROUP_ROWS)
         self._names.append(keys.column("key"))
 
-    def _measure_cosine(self, rotated: engine.Floats) -> None:
+    def _measure_cosine(self, rotated: Floats) -> None:
         found = self._codec.find_lists(rotated[::COSINE_STRIDE], 1)
         if found is not None:
             self._totals.cosine_sum += float(found[0].sum())

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pipeline.errors import SettingsError
 
 KINDS = ("flat", "rabitq", "ivf-rabitq", "ivf-sq8", "hnsw")
+EXACT_KINDS = ("flat", "hnsw")
+"""Kinds whose codes are the vectors themselves."""
 FLAT_ROWS = 50_000
 RABITQ_ROWS = 1_000_000
 SEGMENT_ROWS = 20_000_000
@@ -80,7 +82,11 @@ def make_plan(
     """
     if kind not in ("auto", *KINDS):
         raise SettingsError(f"kind is {kind!r}; use auto, {', '.join(KINDS)}")
-    chosen = kind if kind != "auto" else choose_kind(rows, dim, memory_bytes, target_recall)
+    chosen = (
+        kind
+        if kind != "auto"
+        else choose_kind(rows, dim, memory_bytes=memory_bytes, target_recall=target_recall)
+    )
     lists = count_lists(rows) if chosen.startswith("ivf") else 0
     needed = estimate_memory(chosen, rows, dim)
     if kind == "auto" and needed > memory_bytes:
@@ -88,7 +94,7 @@ def make_plan(
             f"{rows:,} rows of {dim} need {show_bytes(needed)} even as 1-bit codes; memory_budget "
             f"is {show_bytes(memory_bytes)}: raise it, or split the input into several indexes"
         )
-    segments = count_segments(chosen, rows, dim, memory_bytes)
+    segments = count_segments(chosen, rows, dim=dim, memory_bytes=memory_bytes)
     sample = max(POINTS_PER_LIST * lists, CODEC_SAMPLE_ROWS if chosen != "flat" else 0)
     return Plan(
         rows=rows,
@@ -100,11 +106,11 @@ def make_plan(
         memory_bytes=needed,
         disk_bytes=rows * (code_bytes(chosen, dim) + 2 * dim),
         sample_rows=min(rows, sample, max(1, memory_bytes // 2 // (4 * dim))),
-        reason=_explain(chosen, kind, rows, dim, needed),
+        reason=_explain(chosen, kind, rows=rows, dim=dim, memory_bytes=needed),
     )
 
 
-def choose_kind(rows: int, dim: int, memory_bytes: int, target_recall: float) -> str:
+def choose_kind(rows: int, dim: int, *, memory_bytes: int, target_recall: float) -> str:
     """Return the simplest kind that is fast enough, fits, and can reach the target."""
     wants_flat = rows <= FLAT_ROWS or target_recall >= 1
     if wants_flat and estimate_memory("flat", rows, dim) <= memory_bytes:
@@ -158,7 +164,7 @@ def estimate_memory(kind: str, rows: int, dim: int) -> int:
     return rows * code_bytes(kind, dim) + shared
 
 
-def count_segments(kind: str, rows: int, dim: int, memory_bytes: int) -> int:
+def count_segments(kind: str, rows: int, *, dim: int, memory_bytes: int) -> int:
     """Return how many segments keep each build within half the memory, and below 20 M rows."""
     fit = max(1, memory_bytes // 2 // code_bytes(kind, dim))
     return max(1, math.ceil(rows / min(SEGMENT_ROWS, fit)))
@@ -182,6 +188,6 @@ def show_bytes(number: float) -> str:
     return f"{number:.3g} TB"
 
 
-def _explain(kind: str, asked: str, rows: int, dim: int, memory_bytes: int) -> str:
+def _explain(kind: str, asked: str, *, rows: int, dim: int, memory_bytes: int) -> str:
     cause = "as asked" if asked != "auto" else f"for {rows:,} rows of {dim}"
     return f"{kind}: {_WORDS[kind]}; {cause}, {show_bytes(memory_bytes)} in memory"

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import ObjectMissingError, SettingsError
-from pipeline.index import engine
+from pipeline.index.codec import train_codec
+from pipeline.index.engine import Floats
 from pipeline.index.files import FileStore
+from pipeline.index.installed import set_threads
 from pipeline.index.manifest import CodecInfo, FileInfo, put_file
 from pipeline.index.projection import MAX_POINTS, compute_map, write_map
 from pipeline.index.rows import Block, PartSource, merge_blocks, read_ahead, read_part_rows
@@ -114,8 +116,10 @@ def train(
         raise SettingsError(f"{embeddings!r} holds no usable vector; look at its rows' status")
     held_out, learned = split_sample(sample, draw, plan)
     queries = encode_queries(held_out.keys.column("key").to_pylist(), held_out.vectors)
-    stored = put_file(files.index, f"{folder}/queries.arrow", queries, files.storage)
-    codec = _train_codec(plan, learned.vectors, folder, files, draw.seed, workers)
+    stored = put_file(files.index, f"{folder}/queries.arrow", data=queries, storage=files.storage)
+    codec = _train_codec(
+        plan, learned.vectors, folder=folder, files=files, seed=draw.seed, workers=workers
+    )
     points = compute_map(sample.vectors, sample.keys.column("key").to_pylist(), seed=draw.seed)
     plotted = write_map(points, files.index, files.storage)
     training = Training(codec, {"queries": stored}, plotted)
@@ -213,8 +217,8 @@ class CodecTask:
 
 def train_codec_file(task: CodecTask) -> bytes:
     """Return the bytes of a trained codec; none for kinds without training."""
-    engine.set_threads(task.threads)
-    codec = engine.train_codec(task.kind, task.factory, task.sample, seed=task.seed)
+    set_threads(task.threads)
+    codec = train_codec(task.kind, task.factory, task.sample, seed=task.seed)
     if not codec.is_trained:
         return b""
     with tempfile.TemporaryDirectory(prefix="codec-") as scratch:
@@ -224,12 +228,12 @@ def train_codec_file(task: CodecTask) -> bytes:
 
 
 def _train_codec(
-    plan: Plan, sample: engine.Floats, folder: str, files: FileStore, seed: int, workers: Workers
+    plan: Plan, sample: Floats, *, folder: str, files: FileStore, seed: int, workers: Workers
 ) -> CodecInfo:
     task = CodecTask(plan.kind, plan.factory, sample, seed, workers.threads)
     [data] = workers.run(train_codec_file, [task], memory_bytes=3 * sample.nbytes)
     name = f"{plan.kind} {plan.factory}"
     if not data:
         return CodecInfo(digest_json(name), plan.kind, plan.factory)
-    stored = put_file(files.index, f"{folder}/trained.faiss", data, files.storage)
+    stored = put_file(files.index, f"{folder}/trained.faiss", data=data, storage=files.storage)
     return CodecInfo(stored.sha256[:16], plan.kind, plan.factory, plan.lists, stored)

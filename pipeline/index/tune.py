@@ -48,13 +48,13 @@ def tune(kind: str, *, lists: int, rows: int, target: float, measure: Measure) -
     elif kind == "hnsw":
         curve = measure([SearchParams(ef=ef) for ef in EFS], True)
     elif not lists:
-        curve = _widen(SearchParams(), rows, target, measure)
+        curve = _widen(SearchParams(), rows, target=target, measure=measure)
     else:
-        return _tune_lists(lists, rows, target, measure)
+        return _tune_lists(lists, rows, target=target, measure=measure)
     return Tuned(choose(curve, target), tuple(curve))
 
 
-def _widen(params: SearchParams, rows: int, target: float, measure: Measure) -> list[Measured]:
+def _widen(params: SearchParams, rows: int, *, target: float, measure: Measure) -> list[Measured]:
     """Measure with more and more candidates until the target is met."""
     curve: list[Measured] = []
     candidates = limit_candidates(rows)
@@ -66,7 +66,7 @@ def _widen(params: SearchParams, rows: int, target: float, measure: Measure) -> 
     return curve
 
 
-def _tune_lists(lists: int, rows: int, target: float, measure: Measure) -> Tuned:
+def _tune_lists(lists: int, rows: int, *, target: float, measure: Measure) -> Tuned:
     curve: list[Measured] = []
     doubled = [1 << power for power in range(lists.bit_length())]
     quick = [nprobe for nprobe in doubled if nprobe <= max(64, lists // QUICK_SHARE)]
@@ -76,7 +76,7 @@ def _tune_lists(lists: int, rows: int, target: float, measure: Measure) -> Tuned
         if meets(choose(curve, target), target):
             break
     nprobe = choose(curve, target).params.nprobe
-    timed = _widen(SearchParams(nprobe), rows, target, measure)
+    timed = _widen(SearchParams(nprobe), rows, target=target, measure=measure)
     return Tuned(choose(timed, target), (*curve, *timed))
 
 

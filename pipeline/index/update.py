@@ -7,14 +7,15 @@ from typing import Any
 
 from pipeline.config import IndexConfig, parse_size
 from pipeline.errors import SpaceMismatchError
-from pipeline.index import engine
 from pipeline.index.changes import Changes, decode_owners, find_changes
 from pipeline.index.compaction import MAX_REPLACED_SHARE, compute_imbalance, explain_drift
-from pipeline.index.draft import Build, draft_full, draft_increment, read_list_sizes
+from pipeline.index.draft import Build, draft_full, read_list_sizes
 from pipeline.index.files import FileStore
 from pipeline.index.finish import Finished, finish
 from pipeline.index.gates import check_gates
 from pipeline.index.graph import TASK_ROWS, write_neighbours
+from pipeline.index.increment import draft_increment
+from pipeline.index.installed import describe_engine
 from pipeline.index.manifest import Manifest, read_manifest, read_pointer
 from pipeline.index.publish import Version, publish
 from pipeline.index.report import IndexReport, make_report
@@ -69,17 +70,17 @@ def update_index(config: IndexConfig, files: FileStore) -> IndexReport:
         action = "planned" if config.dry_run else "unchanged"
         exported = {} if config.dry_run or parent is None else export(config, files, parent)
         details = _describe_plan(plan, decision) | exported
-        return make_report(action, files.index, parent, details)
+        return make_report(action, files.index, manifest=parent, details=details)
     use_ray = wants_ray(config, plan.rows)
     with open_workers(use_ray=use_ray, address=config.ray_address, tasks=plan.segments) as workers:
         build = Build(config, source, plan, files, workers, parent)
         finished = make_generation(build, decision, before)
     check_gates(finished.gates, force=config.force)
-    publish(files.index, finished.manifest, before, files.storage)
+    publish(files.index, finished.manifest, before=before, storage=files.storage)
     action = "built" if finished.manifest.codec != (parent and parent.codec) else "added"
     details = describe_outcome(finished, time.monotonic() - started)
     details |= export(config, files, finished.manifest)
-    return make_report(action, files.index, finished.manifest, details)
+    return make_report(action, files.index, manifest=finished.manifest, details=details)
 
 
 def export(config: IndexConfig, files: FileStore, manifest: Manifest) -> dict[str, Any]:
@@ -193,6 +194,6 @@ def describe_outcome(finished: Finished, seconds: float) -> dict[str, Any]:
         "size_bytes": sum(file.size_bytes for file in manifest.list_files()),
         "newest_image_s": manifest.embeddings.newest_image_s,
         "statuses": dict(manifest.embeddings.statuses),
-        "engine": asdict(engine.describe_engine()),
+        "engine": asdict(describe_engine()),
         "seconds": round(seconds, 3),
     }

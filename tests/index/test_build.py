@@ -172,7 +172,7 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(corpus, uri):
 
 
 def test_a_build_that_was_stopped_goes_on_from_its_segments(corpus, uri, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pipeline.index.update.publish", fail)

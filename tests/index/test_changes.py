@@ -11,8 +11,8 @@ from pipeline.index.changes import (
     encode_owners,
     find_changes,
     make_owners,
-    match_rows,
 )
+from pipeline.index.comparison import match_rows
 from pipeline.index.manifest import ShardRows
 from pipeline.parts import list_commits
 

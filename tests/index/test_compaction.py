@@ -97,8 +97,8 @@ def test_ranges_follow_the_rows_of_merged_segments():
     relocation = Relocation()
     dead = np.zeros(10, bool)
     dead[[0, 4, 9]] = True
-    assert relocation.move("a", "new", 0, dead) == 7
-    assert relocation.move("b", "new", 7, np.zeros(3, bool)) == 10
+    assert relocation.move("a", "new", base=0, dead=dead) == 7
+    assert relocation.move("b", "new", base=7, dead=np.zeros(3, bool)) == 10
     owner = Owner({"s": "x"}, (Range("a", 3, 3), Range("b", 1, 2), Range("c", 0, 5)), 1)
     moved = relocation.apply(owner)
     assert moved.ranges == (Range("new", 2, 2), Range("new", 8, 2), Range("c", 0, 5))

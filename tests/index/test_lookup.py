@@ -4,15 +4,21 @@ import re
 import tarfile
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 import jobs.index
 import jobs.search
-from pipeline.config import EmbedConfig
+from index.corpus import STORAGE, make_space
+from pipeline.backbones import load_weights, weights_digest
+from pipeline.embedder import Embedder, EmbedderOptions
+from pipeline.index.page import Answer, Card, render_page
 from pipeline.index.search import SearchIndex
-from pipeline.run import embed
+from pipeline.parts import OutputInfo, claim_output, write_commit, write_part
+from pipeline.records import Commit, Layout
 
+MODEL = "fbnetv3_b.ra2_in1k"
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 200)}
 
 
@@ -25,30 +31,77 @@ def draw(colour, number):
 
 
 @pytest.fixture(scope="module")
-def gallery(tmp_path_factory, weights, ray_cluster):
-    """A folder with a shard of pictures, embedded and indexed by the jobs."""
+def gallery(tmp_path_factory, weights):
+    """A folder with a shard of pictures, their embeddings, and an index made by the job."""
     folder = tmp_path_factory.mktemp("gallery")
-    (folder / "shards").mkdir()
-    with tarfile.open(folder / "shards" / "a.tar", "w") as tar:
-        for number in range(12):
-            colour = list(COLOURS)[number % 3]
-            for name, data in (("jpg", draw(colour, number)), ("cls", colour.encode())):
-                member = tarfile.TarInfo(f"{number:03d}.{name}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    config = EmbedConfig(
-        input=(str(folder / "shards"),),
-        output=str(folder / "embeddings"),
-        model="fbnetv3_b.ra2_in1k",
-        weights=str(weights),
-        image_size="64",
-        carry=("cls",),
-        ray_address=ray_cluster,
-    )
-    embed(config)
+    pictures = [draw(list(COLOURS)[number % 3], number) for number in range(12)]
+    offsets = write_tar(folder / "a.tar", pictures)
+    info = describe_output(weights)
+    embedder = Embedder(info.space, weights=str(weights), options=EmbedderOptions())
+    embedded = embedder.embed_images(pictures)
+    embedder.close()
+    rows = [
+        {
+            "key": f"a.tar/{number:03d}.jpg",
+            "shard": str(folder / "a.tar"),
+            "row": number,
+            "status": item.status,
+            "error": None,
+            "width": item.width,
+            "height": item.height,
+            "offset": offset,
+            "nbytes": len(picture),
+            "sha256": item.digest,
+            "embedding": item.vector.tolist(),
+            "cls": list(COLOURS)[number % 3],
+        }
+        for number, (item, offset, picture) in enumerate(
+            zip(embedded, offsets, pictures, strict=True)
+        )
+    ]
+    commit_rows(str(folder / "embeddings"), pa.Table.from_pylist(rows, schema=info.schema), info)
+    STORAGE.upload(weights, str(folder / "embeddings" / info.weights))
     arguments = ["--embeddings", str(folder / "embeddings"), "--index", str(folder / "index")]
     assert jobs.index.main(arguments) == 0
     return folder
+
+
+def write_tar(path, pictures):
+    """Return where each picture begins."""
+    offsets = []
+    with tarfile.open(path, "w") as tar:
+        for number, data in enumerate(pictures):
+            member = tarfile.TarInfo(f"{number:03d}.jpg")
+            member.size = len(data)
+            offsets.append(tar.offset + 512)
+            tar.addfile(member, io.BytesIO(data))
+    return offsets
+
+
+def describe_output(weights):
+    digest = weights_digest(load_weights(MODEL, str(weights)).state_dict)
+    space = make_space(1984, backbone=MODEL, weights_sha256=digest, image_size=64)
+    layout = Layout(chunk_images=256, chunk_bytes=1 << 26, carry=("cls",))
+    carried = pa.schema([pa.field("cls", pa.string())])
+    return OutputInfo(space, layout, carried, "weights/copy.safetensors", str(weights))
+
+
+def commit_rows(output, table, info):
+    claim_output(output, info, STORAGE)
+    space_id = info.space.id
+    part = write_part(output, table, folder="a", chunk=0, space_id=space_id, storage=STORAGE)
+    commit = Commit(
+        shard_id="a" * 16,
+        kind="tar",
+        source="a.tar",
+        root="/",
+        name="a.tar",
+        version="1",
+        size_bytes=1,
+        space_id=space_id,
+        parts=(part,),
+    )
+    write_commit(output, commit, STORAGE)
 
 
 def search(gallery, *arguments):
@@ -118,7 +171,7 @@ def test_a_page_shows_the_pictures_and_fetches_nothing(gallery, tmp_path, capsys
 
 
 def test_a_page_explains_a_picture_that_is_gone(gallery, tmp_path, capsys):
-    shard = gallery / "shards" / "a.tar"
+    shard = gallery / "a.tar"
     data = shard.read_bytes()
     shard.unlink()
     try:
@@ -130,8 +183,6 @@ def test_a_page_explains_a_picture_that_is_gone(gallery, tmp_path, capsys):
 
 
 def test_names_are_escaped_on_the_page(tmp_path):
-    from pipeline.index.page import Answer, Card, render_page
-
     evil = "<script>alert(1)</script>\"'"
     card = Card(evil, None, evil, 0.5, {evil: evil}, evil)
     page = render_page([Answer(card, [card])], index=evil, generation=evil, facts=evil)

@@ -71,7 +71,7 @@ def test_two_publishers_race_and_exactly_one_wins(corpus, place):
         )
         barrier.wait()
         try:
-            outcomes.append(publish(uri, manifest, before, storage).generation)
+            outcomes.append(publish(uri, manifest, before=before, storage=storage).generation)
         except PublishError as error:
             outcomes.append(error)
 
@@ -94,7 +94,11 @@ def test_two_first_publishers_race_and_exactly_one_wins(place):
     outcomes = []
     for name in ("000001-a", "000001-b"):
         try:
-            outcomes.append(swap_pointer(uri, name, "0" * 64, None, storage).generation)
+            outcomes.append(
+                swap_pointer(
+                    uri, name, manifest_sha256="0" * 64, before=None, storage=storage
+                ).generation
+            )
         except PublishError as error:
             outcomes.append(error)
     assert outcomes[0] == "000001-a"
@@ -108,11 +112,11 @@ def test_the_loser_of_a_race_leaves_the_winners_files_alone(corpus, tmp_path, mo
     corpus.extend("one.tar", rows=3, seed=5)
     real = publish
 
-    def let_another_win(index, manifest, before, storage):
+    def let_another_win(index, manifest, *, before, storage):
         monkeypatch.undo()
         corpus.drop_rows("shard-002.tar", every=10)
         build(corpus, uri)
-        return real(index, manifest, before, storage)
+        return real(index, manifest, before=before, storage=storage)
 
     monkeypatch.setattr("pipeline.index.update.publish", let_another_win)
     with pytest.raises(PublishError, match="another publisher was first"):
@@ -130,10 +134,10 @@ from pipeline.storage import Storage
 
 moment, index, embeddings = sys.argv[1:]
 if moment == "before the manifest":
-    update.publish = lambda *_: os._exit(9)
+    update.publish = lambda *_, **__: os._exit(9)
 else:
     from pipeline.index import publish
-    publish.swap_pointer = lambda *_: os._exit(9)
+    publish.swap_pointer = lambda *_, **__: os._exit(9)
 build_index(IndexConfig(index=index, embeddings=embeddings))
 """
 

@@ -1,0 +1,188 @@
+"""An opened generation: its segments searched as one, safe for many threads."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from pipeline.errors import CorruptionError
+from pipeline.index.codec import Codec
+from pipeline.index.engine import Floats, Rows
+from pipeline.index.files import FileStore
+from pipeline.index.manifest import Manifest, SearchParams
+from pipeline.index.opened import Mask, Request, Segment
+from pipeline.index.projection import read_map
+from pipeline.index.rows import read_bits
+from pipeline.index.segments import open_codec
+
+
+class Generation:
+    """One opened generation.
+
+    Attributes:
+        manifest: What was published.
+        segments: Its segments, opened.
+        live: Rows that are not deleted, by segment; None where all are live.
+        map: A sample of the rows in two dimensions; None where there is none.
+    """
+
+    def __init__(self, manifest: Manifest, files: FileStore, *, known: Sequence[Segment] = ()):
+        """Open a generation; segments in ``known`` that it still has are taken over.
+
+        Raises:
+            CorruptionError: A file is missing or damaged.
+        """
+        self.manifest = manifest
+        self.codec, reusable = _pick_codec(manifest, files, known)
+        self.segments = [
+            reusable.get(info.id) or Segment(info, self.codec, files) for info in manifest.segments
+        ]
+        self.live = [self._read_live(segment, files) for segment in self.segments]
+        self.map = read_map(manifest.map, files)
+
+    def _read_live(self, segment: Segment, files: FileStore) -> Mask | None:
+        tombstones = self.manifest.tombstones.get(segment.info.id)
+        if tombstones is None:
+            return None
+        dead = read_bits(files, tombstones.file, segment.info.rows)
+        if int(dead.sum()) != tombstones.rows:
+            raise CorruptionError(f"{tombstones.file.path} does not hold {tombstones.rows} rows")
+        return Mask.from_flags(~dead, chosen=False)
+
+    @property
+    def columns(self) -> pa.Schema:
+        """Stored columns but the vector."""
+        return self.segments[0].columns
+
+    def search(
+        self,
+        vectors: Floats,
+        k: int,
+        *,
+        params: SearchParams | None = None,
+        masks: Sequence[Mask | None] | None = None,
+    ) -> tuple[Floats, Rows, Rows]:
+        """Return cosines, segment numbers and rows of the nearest rows, best first.
+
+        Args:
+            vectors: Unit vectors, float32 (n, dim).
+            k: Neighbours wanted, at least 1.
+            params: How far to look; as tuned where None.
+            masks: The rows that may be found, by segment; the live ones where None.
+
+        Returns:
+            (n, m) each with m at most ``k``; where a query has fewer, the score is -inf.
+        """
+        params = params or self.manifest.search
+        masks = self.live if masks is None else masks
+        rows = sum(
+            segment.info.rows if mask is None else mask.rows
+            for segment, mask in zip(self.segments, masks, strict=True)
+        )
+        found = self._search_once(vectors, min(k, rows), params=params, masks=masks)
+        while self.codec.lists and params.nprobe < self.codec.lists:
+            short = np.flatnonzero(np.isneginf(found[0]).any(axis=1))
+            if not len(short):
+                break
+            params = SearchParams(2 * params.nprobe, params.candidates, params.ef)
+            again = self._search_once(vectors[short], min(k, rows), params=params, masks=masks)
+            for old, new in zip(found, again, strict=True):
+                np.asarray(old)[short] = new
+        return found
+
+    def _search_once(
+        self, vectors: Floats, k: int, *, params: SearchParams, masks: Sequence[Mask | None]
+    ) -> tuple[Floats, Rows, Rows]:
+        rotated = self.codec.rotate(vectors)
+        lists = self.codec.find_lists(rotated, params.nprobe)
+        request = Request(vectors, rotated, k, params, lists)
+        found = [
+            segment.search(request, mask)
+            for segment, mask in zip(self.segments, masks, strict=True)
+        ]
+        return _merge(found, k)
+
+    def scan(
+        self, vectors: Floats, k: int, *, masks: Sequence[Mask | None] | None = None
+    ) -> tuple[Floats, Rows, Rows]:
+        """Return what ``search`` does, by comparing with every vector."""
+        found = []
+        for segment, mask in zip(self.segments, masks or self.live, strict=True):
+            chosen = np.arange(segment.info.rows) if mask is None else np.flatnonzero(mask.flags)
+            found.append(segment.scan(vectors, k, chosen))
+        return _merge(found, k)
+
+    def sample(self, number: int, random: np.random.Generator) -> tuple[Rows, Rows]:
+        """Return segment numbers and rows of up to ``number`` live rows, without repetition."""
+        sizes = [segment.info.rows for segment in self.segments]
+        offsets = np.cumsum([0, *sizes])
+        extra = sum(tombstones.rows for tombstones in self.manifest.tombstones.values())
+        drawn = random.choice(offsets[-1], min(offsets[-1], number + extra), replace=False)
+        numbers = np.searchsorted(offsets, drawn, side="right") - 1
+        rows = drawn - offsets[numbers]
+        pairs = zip(numbers, rows, strict=True)
+        live = [_is_live(self.live[n], r) for n, r in pairs]
+        return numbers[live][:number], rows[live][:number]
+
+    def make_masks(self, where: ds.Expression) -> list[Mask | None]:
+        """Return the live rows that a filter keeps, by segment.
+
+        Raises:
+            QueryError: The filter does not fit the columns.
+        """
+        masks: list[Mask | None] = []
+        for segment, live in zip(self.segments, self.live, strict=True):
+            kept = segment.filter_rows(where)
+            flags = kept if live is None else kept & live.flags
+            masks.append(Mask.from_flags(flags, chosen=True))
+        return masks
+
+    def find(self, key: str) -> tuple[int, int] | None:
+        """Return segment number and row of a live key, or None."""
+        for number, (segment, live) in enumerate(zip(self.segments, self.live, strict=True)):
+            row, _ = segment.find_row(key)
+            if row is not None and _is_live(live, row):
+                return number, row
+        return None
+
+    def suggest(self, key: str) -> list[str]:
+        """Return live keys that resemble an unknown one."""
+        near: list[str] = []
+        for segment, live in zip(self.segments, self.live, strict=True):
+            for candidate in segment.find_row(key)[1]:
+                row, _ = segment.find_row(candidate)
+                if row is not None and _is_live(live, row):
+                    near.append(candidate)
+        return near
+
+
+def _is_live(mask: Mask | None, row: int) -> bool:
+    return mask is None or bool(mask.flags[row])
+
+
+def _merge(found: Sequence[tuple[Floats, Rows]], k: int) -> tuple[Floats, Rows, Rows]:
+    """Return the best of what each segment found; -inf where there are fewer than ``k``."""
+    numbers = [np.full(rows.shape, number) for number, (_, rows) in enumerate(found)]
+    scores = np.concatenate([item[0] for item in found], axis=1)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    merged = (scores, np.concatenate(numbers, axis=1), np.concatenate([f[1] for f in found], 1))
+    scores, owners, rows = (np.take_along_axis(values, order, axis=1) for values in merged)
+    if scores.shape[1] == k:
+        return scores, owners, rows
+    missing = ((0, 0), (0, k - scores.shape[1]))
+    return (
+        np.pad(scores, missing, constant_values=-np.inf),
+        np.pad(owners, missing),
+        np.pad(rows, missing, constant_values=-1),
+    )
+
+
+def _pick_codec(
+    manifest: Manifest, files: FileStore, known: Sequence[Segment]
+) -> tuple[Codec, dict[str, Segment]]:
+    wanted = {info.id for info in manifest.segments}
+    reusable = {segment.info.id: segment for segment in known if segment.info.id in wanted}
+    for segment in reusable.values():  # a segment's id includes its codec's
+        return segment.codec, reusable
+    return open_codec(files, manifest.codec, manifest.dim), {}
