@@ -100,7 +100,8 @@ def test_an_engine_goes_on_with_smaller_batches(
     before = engine.submit(pixels)().vectors
     engine.shrink(2)
     assert engine.allocate().shape == (2, 64, 64, 3)
-    np.testing.assert_allclose(engine.submit(pixels[:2])().vectors, before[:2], rtol=1e-3, atol=1e-4)
+    after = engine.submit(pixels[:2])().vectors
+    np.testing.assert_allclose(after, before[:2], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
@@ -162,7 +163,7 @@ def test_an_engine_of_other_weights_is_refused_before_a_run(data_config: DataCon
     assert MODEL in str(e.value)
 
 
-@pytest.mark.parametrize("largest, cosine", [(0.01, 1.0), (0.0, 0.9), (float("nan"), 1.0)])
+@pytest.mark.parametrize(("largest", "cosine"), [(0.01, 1.0), (0.0, 0.9), (float("nan"), 1.0)])
 def test_a_deviation_beyond_the_bound_is_refused(largest: float, cosine: float) -> None:
     with pytest.raises(SettingsError, match="Use --engine torch or --precision fp32"):
         check_deviation(Deviation(largest, cosine, 0.0), EngineOptions(), MODEL)
@@ -173,7 +174,7 @@ def test_bf16_is_allowed_what_its_eight_bits_explain() -> None:
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         (EngineOptions(precision="fp16"), "precision fp16 needs a GPU"),
         (EngineOptions("openvino", "cuda"), "openvino runs on the CPU only"),
