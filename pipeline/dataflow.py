@@ -9,6 +9,7 @@ per chunk. The driver writes a shard's commit once its parts tile the shard.
 import logging
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -31,6 +32,7 @@ from pipeline.receipts import Receipt, unpack_receipts
 from pipeline.records import Record, Shard
 from pipeline.resources import Resources, fit_actors
 
+_KNOCK_S = 10.0
 _READ_CPUS = 0.05
 _WHOLE_LOADS: dict[str, Any] = {
     "batch_size": None,
@@ -59,9 +61,10 @@ def cluster(address: str | None) -> Iterator[None]:
     target = address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"include_dashboard": False} if target == "local" else {}
     try:
+        _knock_at(target)
         with _mute_stderr():
             ray.init(address=target, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except ConnectionError as error:
+    except OSError as error:
         raise SettingsError(
             f"no Ray cluster answers at {target!r} ({error}); check --ray-address or RAY_ADDRESS"
         ) from error
@@ -69,6 +72,13 @@ def cluster(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock_at(target: str) -> None:
+    """Raise an ``OSError`` when nobody listens there: Ray would try for minutes."""
+    host, _, port = target.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
 
 
 @contextmanager
