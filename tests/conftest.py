@@ -65,6 +65,7 @@ def ray_cluster() -> Iterator[str]:
 
     if not ray.is_initialized():
         ray.init(
+            address="local",
             num_cpus=2,
             include_dashboard=False,
             log_to_driver=False,
