@@ -268,12 +268,12 @@ def test_rows_that_failed_and_were_retried_are_added(corpus, uri):
 
 def test_a_shard_that_is_removed_and_comes_back_is_there_again(corpus, uri):
     build(corpus, uri)
-    corpus.extend("tide.tar", rows=10, seed=5)
+    shard = corpus.extend("tide.tar", rows=10, seed=5)
     build(corpus, uri)
     corpus.remove_shard("tide.tar")
     build(corpus, uri)
     check_contents(corpus, uri)
-    corpus.extend("tide.tar", rows=10, seed=5)
+    corpus.commit_shard("tide.tar", shard, draw_vectors(10, 32, seed=5))  # restored as it was
     build(corpus, uri)
     check_contents(corpus, uri)
 

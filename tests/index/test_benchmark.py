@@ -1,0 +1,35 @@
+import numpy as np
+
+from pipeline.index.benchmark import measure_index
+from pipeline.index.rows import normalise_rows
+from pipeline.index.synthetic import generate_vectors
+
+
+def test_an_index_is_measured_next_to_flat_search(tmp_path):
+    flat, codes = measure_index(4000, 64, folder=tmp_path, kinds=("flat", "rabitq"))
+    assert (flat.kind, codes.kind) == ("flat", "rabitq")
+    assert flat.recall["value"] == 1
+    assert codes.recall["value"] >= 0.95
+    for cost in (flat, codes):
+        assert 0 < cost.night_bytes < 0.1 * cost.size_bytes
+        assert cost.cpu_s > 0
+        assert cost.peak_bytes > 10**7
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_synthetic_vectors_resemble_embeddings_of_images():
+    vectors = generate_vectors(3000, 256, clusters=20)
+    assert vectors.dtype == np.float32
+    assert (vectors >= 0).all()
+    assert 0.4 < (vectors == 0).mean() < 0.6
+    unit = normalise_rows(vectors)
+    pairs = unit[:500] @ unit[500:1000].T
+    assert 0.4 < pairs.mean() < 0.7
+    fresh = normalise_rows(generate_vectors(50, 256, seed=1, clusters=20))
+    assert (fresh @ unit.T).max(axis=1).mean() > 0.93
+
+
+def test_the_same_seeds_give_the_same_vectors():
+    one, same, other = (generate_vectors(20_000, 8, seed=seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert not np.array_equal(one, other)
