@@ -12,8 +12,8 @@ from pipeline.index.projection import read_map
 from pipeline.index.search import Neighbour, SearchIndex
 from pipeline.readers import read_record_bytes
 from pipeline.report_page import IndexSection, ShownImage, encode_picture
-from pipeline.service.pictures import make_thumbnail
 from pipeline.storage import Storage, normalise_uri
+from pipeline.thumbnails import make_thumbnail
 
 _QUERIES = 4
 _NEIGHBOURS = 7

@@ -125,6 +125,17 @@ def test_index_and_service_never_import_the_embedding_flow(folder: str):
             assert list_imports(path) & flow == set(), module
 
 
+def test_no_job_but_the_service_needs_the_extra_of_the_service():
+    """``pip install .[cpu]`` is enough to embed, index, search and run every night."""
+    asked_for = {"pipeline", "pipeline.service.remote"}  # imported for ``--url`` only
+    reached, todo = set(), {"jobs.embed", "jobs.index", "jobs.search", "jobs.nightly"}
+    while todo:
+        module = todo.pop()
+        reached.add(module)
+        todo |= {n for n in list_imports(MODULES[module]) if n in MODULES} - reached - asked_for
+    assert {module for module in reached if module.startswith("pipeline.service")} == set()
+
+
 def test_every_module_of_the_flow_is_in_a_layer():
     """A new module of the embed job takes its place in the table above."""
     reached, todo = set(), {"pipeline.run"}

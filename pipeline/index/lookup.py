@@ -18,6 +18,7 @@ from pipeline.index.page import Answer, Card, render_page
 from pipeline.index.search import IndexInfo, Neighbour, SearchIndex
 from pipeline.readers import read_record_bytes
 from pipeline.storage import Storage
+from pipeline.thumbnails import make_thumbnail
 
 THUMBNAIL_PX = 256
 
@@ -209,8 +210,6 @@ def _read_picture(neighbour: Neighbour, storage: Storage) -> tuple[bytes | None,
 
 
 def _make_thumbnail(data: bytes | None, problem: str) -> tuple[bytes | None, str]:
-    from pipeline.service.pictures import make_thumbnail
-
     if data is None:
         return None, problem
     try:

@@ -1,19 +1,17 @@
 """Indexed images as a browser can show them: thumbnails, originals, and a bounded cache."""
 
-import io
 import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from PIL import Image
-
 from pipeline.errors import AbortError, ObjectMissingError, RecordError
-from pipeline.images import ImageLimits, decode_image, image_digest
+from pipeline.images import ImageLimits, image_digest
 from pipeline.index.search import Neighbour
 from pipeline.service.metrics import Metrics
 from pipeline.service.problems import Problem
+from pipeline.thumbnails import make_thumbnail
 
 log = logging.getLogger(__name__)
 
@@ -46,19 +44,6 @@ class Picture:
     data: bytes
     media_type: str
     etag: str
-
-
-def make_thumbnail(data: bytes, size: int, *, limits: ImageLimits) -> bytes:
-    """Return a JPEG of an encoded image whose longest side is at most ``size`` pixels.
-
-    Raises:
-        RecordError: The image cannot or must not be decoded.
-    """
-    image = decode_image(data, limits=limits, draft_size=2 * size).image
-    image.thumbnail((size, size), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=82)
-    return buffer.getvalue()
 
 
 def guess_media_type(data: bytes) -> str:
