@@ -1060,8 +1060,8 @@ def test_a_final_error_keeps_its_cause_and_is_never_its_own() -> None:
 
 
 def test_no_attempts_at_all_are_refused() -> None:
-    with pytest.raises(StorageError, match="storage_attempts is 0; use at least 1"):
-        Storage(StorageOptions(storage_attempts=0)).read("/x")
+    with pytest.raises(SettingsError, match="storage_attempts is 0; it must be at least 1"):
+        StorageOptions(storage_attempts=0)
 
 
 def test_local_paths_need_no_connection() -> None:

@@ -18,14 +18,14 @@ def test_an_index_is_measured_next_to_flat_search(tmp_path):
 
 
 def test_synthetic_vectors_resemble_embeddings_of_images():
-    vectors = generate_vectors(3000, 256, clusters=20)
+    vectors = generate_vectors(3000, 256, clusters=200)
     assert vectors.dtype == np.float32
     assert (vectors >= 0).all()
     assert 0.4 < (vectors == 0).mean() < 0.6
     unit = normalise_rows(vectors)
     pairs = unit[:500] @ unit[500:1000].T
     assert 0.4 < pairs.mean() < 0.7
-    fresh = normalise_rows(generate_vectors(50, 256, seed=1, clusters=20))
+    fresh = normalise_rows(generate_vectors(50, 256, seed=1, clusters=200))
     assert (fresh @ unit.T).max(axis=1).mean() > 0.93
 
 
