@@ -21,6 +21,13 @@ from pipeline.storage import Storage
 MODEL = "fbnetv3_b.ra2_in1k"
 ROOT = Path(__file__).resolve().parents[1]
 
+# Test runs in the background ignore Ctrl-C, and what they start would inherit that.
+_RUN_JOB = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("jobs.embed", run_name="__main__", alter_sys=True)
+"""
+
 
 def make_config(
     source: Path | str, output: Path | str, weights: Path, **changes: Any
@@ -100,7 +107,7 @@ def start_job(config: EmbedConfig, folder: Path, **environment: str) -> Iterator
     """Start ``jobs/embed.py`` with these settings; it does not outlive the block."""
     settings = folder / "job.toml"
     settings.write_text("\n".join(_write_toml(asdict(config))))
-    command = [sys.executable, "-m", "jobs.embed", "--config", str(settings)]
+    command = [sys.executable, "-c", _RUN_JOB, "--config", str(settings)]
     log, out = folder / "job.err", folder / "job.out"
     with log.open("wb") as errors, out.open("wb") as output:
         process = subprocess.Popen(
