@@ -1,4 +1,4 @@
-"""Vectors that look like pooled embeddings of images, to measure with where none are at hand.
+"""Vectors that look like pooled embeddings, and outputs of them, to measure with.
 
 Clusters of clusters in 32 dimensions, through a fixed two-layer ReLU network, with noise: half of
 all values are zero, all vectors lie in a cone (cosine of two about 0.55 ± 0.14), the nearest
@@ -7,14 +7,22 @@ embeddings of photographs. With five hundred vectors a cluster, neighbours are h
 1-bit codes have 0.86 of the ten nearest among their best 40, and 0.99 among their best 160.
 """
 
+import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.index.engine import Floats
+from pipeline.parts import OutputInfo, claim_output, write_commit, write_part
+from pipeline.records import Commit, Layout, Space
+from pipeline.storage import Storage
 
 LATENT_DIM = 32
 BLOCK_ROWS = 16_384
+PART_ROWS = 1024
 
 
 def generate_vectors(
@@ -55,3 +63,101 @@ def iter_vectors(
         values = np.maximum(latent @ hidden + bias, 0) @ out
         values += 0.1 * random.standard_normal((count, dim))
         yield np.maximum(values, 0).astype(np.float32)
+
+
+def make_space(dim: int, **changes: Any) -> Space:
+    """Return a space of vectors that no backbone has made; ``changes`` are fields of ``Space``."""
+    space = Space(
+        backbone="synthetic",
+        weights_sha256="0" * 64,
+        image_size=224,
+        crop_pct=1.0,
+        interpolation="bicubic",
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        exif="apply",
+        decode="exact",
+        precision="fp32",
+        dim=dim,
+    )
+    return replace(space, **changes)
+
+
+def write_embeddings(output: str, rows: int, dim: int, *, clusters: int, seed: int = 0) -> None:
+    """Write synthetic vectors as the embed job would write embeddings."""
+    storage = Storage()
+    info = claim_output(output, describe_output(dim), storage)
+    for number, block in enumerate(iter_vectors(rows, dim, seed=seed, clusters=clusters)):
+        write_shard(output, f"shard-{number:05d}.tar", vectors=block, info=info, storage=storage)
+
+
+def describe_output(dim: int) -> OutputInfo:
+    """Return what an output of synthetic vectors says about itself."""
+    layout = Layout(chunk_images=PART_ROWS, chunk_bytes=1 << 30)
+    weights = "weights/none.safetensors"
+    return OutputInfo(make_space(dim), layout, pa.schema([]), weights, "synthetic")
+
+
+def write_shard(
+    output: str, name: str, *, vectors: Floats, info: OutputInfo, storage: Storage
+) -> str:
+    """Commit vectors as one shard; return its id."""
+    commit = make_commit(name, info.space.id)
+    table = _make_rows(name, vectors, info)
+    commit_table(output, table, commit=commit, part_rows=PART_ROWS, storage=storage)
+    return commit.shard_id
+
+
+def make_commit(name: str, space_id: str, **changes: Any) -> Commit:
+    """Return the commit of a tar that has no parts yet; ``changes`` are fields of ``Commit``."""
+    commit = Commit(
+        shard_id=hashlib.sha256(name.encode()).hexdigest()[:16],
+        kind="tar",
+        source=name,
+        root="",
+        name=name,
+        version="1",
+        size_bytes=1,
+        space_id=space_id,
+        parts=(),
+    )
+    return replace(commit, **changes)
+
+
+def commit_table(
+    output: str, table: pa.Table, *, commit: Commit, part_rows: int, storage: Storage
+) -> None:
+    """Write rows as parts of ``part_rows`` each, then the commit that makes them visible."""
+    parts = [
+        write_part(
+            output,
+            table.slice(first, part_rows),
+            folder=commit.shard_id,
+            chunk=chunk,
+            space_id=commit.space_id,
+            storage=storage,
+        )
+        for chunk, first in enumerate(range(0, max(1, len(table)), part_rows))
+    ]
+    write_commit(output, replace(commit, parts=tuple(parts)), storage)
+
+
+def _make_rows(name: str, vectors: Floats, info: OutputInfo) -> pa.Table:
+    numbers = range(len(vectors))
+    keys = [f"{name}/{number:08d}.jpg" for number in numbers]
+    flat = pa.array(np.ascontiguousarray(vectors).ravel(), pa.float32())
+    count = len(keys)
+    columns = {
+        "key": keys,
+        "shard": [name] * count,
+        "row": list(numbers),
+        "status": ["ok"] * count,
+        "error": [None] * count,
+        "width": [640] * count,
+        "height": [480] * count,
+        "offset": [100_000 * number for number in numbers],
+        "nbytes": [99_000] * count,
+        "sha256": [hashlib.sha256(key.encode()).digest()[:16] for key in keys],
+        "embedding": pa.FixedSizeListArray.from_arrays(flat, info.space.dim),
+    }
+    return pa.table(columns, schema=info.schema)

@@ -1,24 +1,18 @@
 """An embeddings output that can be added to, changed and taken from, as the embed job would."""
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.config import IndexConfig
+from pipeline.index import synthetic
 from pipeline.index.build import build_index
-from pipeline.index.synthetic import generate_vectors
-from pipeline.parts import (
-    OutputInfo,
-    claim_output,
-    list_commits,
-    retire_commit,
-    write_commit,
-    write_part,
-)
-from pipeline.records import Commit, Layout, Space
+from pipeline.index.synthetic import commit_table, generate_vectors, make_commit
+from pipeline.parts import OutputInfo, claim_output, list_commits, retire_commit
+from pipeline.records import Layout, Space
 from pipeline.storage import Storage
 
 STORAGE = Storage()
@@ -26,20 +20,7 @@ CLUSTERS = 40
 
 
 def make_space(dim: int, **changes: object) -> Space:
-    space = Space(
-        backbone="resnetv2_50.a1h_in1k",
-        weights_sha256="ab" * 32,
-        image_size=224,
-        crop_pct=0.95,
-        interpolation="bicubic",
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-        exif="apply",
-        decode="exact",
-        precision="fp32",
-        dim=dim,
-    )
-    return replace(space, **changes)
+    return synthetic.make_space(dim, **{"backbone": "resnetv2_50.a1h_in1k"} | changes)
 
 
 @dataclass
@@ -99,34 +80,22 @@ class Corpus:
         names = names or [f"{row:06d}.jpg" for row in range(len(vectors))]
         keys = [f"{name}/{item}" for item in names]
         table = self._make_table(name, keys, vectors, statuses or {}, contents, rows)
-        parts = [
-            write_part(
-                self.output,
-                table.slice(first, self.part_rows),
-                folder=shard_id,
-                chunk=chunk,
-                space_id=self.info.space.id,
-                storage=self.storage,
-            )
-            for chunk, first in enumerate(range(0, max(1, len(keys)), self.part_rows))
-        ]
         live = list_commits(self.output, self.storage).values()
         old = [c.shard_id for c in live if c.name == name and c.shard_id != shard_id]
-        commit = Commit(
+        commit = make_commit(
+            name,
+            self.info.space.id,
             shard_id=shard_id,
-            kind="tar",
             source=f"/pictures/{name}",
             root="/pictures",
-            name=name,
             version=str(self._versions),
-            size_bytes=1000,
-            space_id=self.info.space.id,
-            parts=tuple(parts),
             supersedes=tuple(old),
             sequence=self._versions,
             modified_s=1e9 + self._versions,
         )
-        write_commit(self.output, commit, self.storage)
+        commit_table(
+            self.output, table, commit=commit, part_rows=self.part_rows, storage=self.storage
+        )
         for key in self.keys.pop(name, []):
             self.vectors.pop(key, None)
         usable = [row for row in range(len(keys)) if row not in (statuses or {})]

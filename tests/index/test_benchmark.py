@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 from pipeline.index.benchmark import measure_index
 from pipeline.index.rows import normalise_rows
@@ -8,12 +9,19 @@ from pipeline.index.synthetic import generate_vectors
 def test_an_index_is_measured_next_to_flat_search(tmp_path):
     flat, codes = measure_index(4000, 64, folder=tmp_path, kinds=("flat", "rabitq"))
     assert (flat.kind, codes.kind) == ("flat", "rabitq")
-    assert flat.recall["value"] == 1
-    assert codes.recall["value"] >= 0.95
+    assert flat.recall_at["10"]["value"] == 1
+    assert codes.recall_at["10"]["value"] >= 0.95
+    assert codes.params["candidates"] >= 128
     for cost in (flat, codes):
+        assert set(cost.recall_at) == {"1", "10", "100"}
+        assert all(at["low"] <= at["value"] <= at["high"] for at in cost.recall_at.values())
         assert 0 < cost.night_bytes < 0.1 * cost.size_bytes
-        assert cost.cpu_s > 0
+        assert cost.build_cpu_s > 0
+        assert cost.build_cpu_s_per_million == pytest.approx(250 * cost.build_cpu_s, abs=3)
         assert cost.peak_bytes > 10**7
+        for latency in (cost.search, cost.lookup):
+            assert 0 < latency.p50_ms <= latency.p99_ms
+            assert latency.queries > 1
     assert list(tmp_path.iterdir()) == []
 
 

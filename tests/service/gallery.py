@@ -11,10 +11,11 @@ from PIL import Image, ImageDraw
 
 from pipeline.config import IndexConfig
 from pipeline.images import image_digest
+from pipeline.index import synthetic
 from pipeline.index.build import build_index
 from pipeline.index.search import SearchIndex
-from pipeline.parts import OutputInfo, claim_output, write_commit, write_part
-from pipeline.records import Commit, Layout, Space
+from pipeline.parts import OutputInfo, claim_output
+from pipeline.records import Layout, Space
 from pipeline.storage import Storage
 
 DIM = 16
@@ -24,19 +25,7 @@ CARRIED = pa.schema([("colour", pa.string()), ("price", pa.float64()), ("cls", p
 
 
 def make_space(dim: int = DIM) -> Space:
-    return Space(
-        backbone="resnetv2_50.a1h_in1k",
-        weights_sha256="0" * 64,
-        image_size=32,
-        crop_pct=1.0,
-        interpolation="bicubic",
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-        exif="apply",
-        decode="exact",
-        precision="fp32",
-        dim=dim,
-    )
+    return synthetic.make_space(dim, backbone="resnetv2_50.a1h_in1k", image_size=32)
 
 
 def make_image(number: int, *, format: str = "JPEG") -> bytes:  # noqa: A002
@@ -86,28 +75,18 @@ class Gallery:
         numbers = range(self.images, self.images + number_of_images)
         table = self._write_tar(name, numbers, keys or [f"{n:05d}.jpg" for n in numbers])
         shard_id = f"{len(self.shards):016x}"
-        part = write_part(
-            self.output,
-            table,
-            folder=shard_id,
-            chunk=0,
-            space_id=self.info.space.id,
-            storage=STORAGE,
-        )
-        commit = Commit(
+        commit = synthetic.make_commit(
+            name,
+            self.info.space.id,
             shard_id=shard_id,
-            kind="tar",
             source=str(self.folder / name),
             root=str(self.folder),
-            name=name,
-            version="1",
-            size_bytes=1,
-            space_id=self.info.space.id,
-            parts=(part,),
             sequence=len(self.shards) + 1,
             modified_s=1.79e9,
         )
-        write_commit(self.output, commit, STORAGE)
+        synthetic.commit_table(
+            self.output, table, commit=commit, part_rows=number_of_images, storage=STORAGE
+        )
         self.shards.append(name)
         self.images += number_of_images
         return name
