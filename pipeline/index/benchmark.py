@@ -6,24 +6,29 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.config import IndexConfig
 from pipeline.index.build import build_index
 from pipeline.index.engine import Floats
 from pipeline.index.search import SearchIndex
 from pipeline.index.synthetic import (
+    SHARD_ROWS,
+    commit_table,
     describe_output,
     generate_vectors,
     write_embeddings,
     write_shard,
 )
-from pipeline.parts import retire_commit
-from pipeline.storage import Storage
+from pipeline.parts import list_commits, retire_commit
+from pipeline.records import Commit
+from pipeline.storage import Storage, join_uri
 
 WARM_QUERIES = 200
 TIMED_QUERIES = 1000
@@ -68,6 +73,7 @@ class IndexCost:
         size_bytes: Size of the index, keys and stored vectors included.
         night_bytes: Bytes that a night wrote which added 1 % and removed 0.5 %.
         night_cpu_s: CPU seconds of that night.
+        night_search: ``search`` after that night, with deletions and a delta.
     """
 
     kind: str
@@ -83,6 +89,7 @@ class IndexCost:
     size_bytes: int
     night_bytes: int
     night_cpu_s: float
+    night_search: Latency
 
 
 def measure_index(
@@ -141,6 +148,7 @@ def _measure_kind(kind: str, embeddings: str, *, folder: Path, rows: int, seed: 
         size_bytes=built["size_bytes"],
         night_bytes=night["written_bytes"],
         night_cpu_s=round(night_cpu_s, 2),
+        night_search=time_queries(SearchIndex.open(str(index)), queries, described=False),
     )
 
 
@@ -149,20 +157,30 @@ def _measure_night(
 ) -> tuple[dict[str, Any], float]:
     """Add 1 % and remove 0.5 %; return the report and the CPU seconds."""
     storage, info = Storage(), describe_output(dim)
-
-    def add(name: str, number: int, draw: int) -> str:
-        vectors = _draw(rows, max(1, number), dim, seed=draw)
-        return write_shard(embeddings, name, vectors=vectors, info=info, storage=storage)
-
-    gone = add("gone.tar", rows // 200, seed)
-    build_index(config)
-    retire_commit(embeddings, gone, storage)
-    fresh = add("new.tar", rows // 100, seed + 1)
+    vectors = _draw(rows, max(1, rows // 100), dim, seed=seed)
+    changed = [write_shard(embeddings, "new.tar", vectors=vectors, info=info, storage=storage)]
+    left = rows // 200
+    for commit in list_commits(embeddings, storage).values():
+        if left and commit.shard_id not in changed:
+            gone = min(left, commit.rows // 2)
+            changed.append(_drop_rows(embeddings, commit, gone, storage=storage))
+            left -= gone
     started = time.process_time()
     night = build_index(config).to_dict()
     seconds = time.process_time() - started
-    retire_commit(embeddings, fresh, storage)
+    for shard_id in changed:  # the next kind starts from the same rows
+        retire_commit(embeddings, shard_id, storage)
     return night, seconds
+
+
+def _drop_rows(embeddings: str, commit: Commit, number: int, *, storage: Storage) -> str:
+    """Replace a shard by one without its first rows; return its id."""
+    tables = [pq.read_table(join_uri(embeddings, part.path)) for part in commit.parts]
+    shard_id = f"{int(commit.shard_id, 16) ^ 1:016x}"
+    smaller = replace(commit, shard_id=shard_id, supersedes=(commit.shard_id,), sequence=2)
+    table = pa.concat_tables(tables).slice(number)
+    commit_table(embeddings, table, commit=smaller, part_rows=SHARD_ROWS, storage=storage)
+    return shard_id
 
 
 def _draw(rows: int, number: int, dim: int, *, seed: int) -> Floats:

@@ -22,7 +22,8 @@ from pipeline.storage import Storage
 
 LATENT_DIM = 32
 BLOCK_ROWS = 16_384
-PART_ROWS = 1024
+SHARD_ROWS = 1024
+"""Rows of one shard, which are one part as well."""
 
 
 def generate_vectors(
@@ -87,13 +88,16 @@ def write_embeddings(output: str, rows: int, dim: int, *, clusters: int, seed: i
     """Write synthetic vectors as the embed job would write embeddings."""
     storage = Storage()
     info = claim_output(output, describe_output(dim), storage)
-    for number, block in enumerate(iter_vectors(rows, dim, seed=seed, clusters=clusters)):
-        write_shard(output, f"shard-{number:05d}.tar", vectors=block, info=info, storage=storage)
+    blocks = iter_vectors(rows, dim, seed=seed, clusters=clusters)
+    starts = range(0, BLOCK_ROWS, SHARD_ROWS)
+    shards = (block[first : first + SHARD_ROWS] for block in blocks for first in starts)
+    for number, vectors in enumerate(filter(len, shards)):
+        write_shard(output, f"shard-{number:05d}.tar", vectors=vectors, info=info, storage=storage)
 
 
 def describe_output(dim: int) -> OutputInfo:
     """Return what an output of synthetic vectors says about itself."""
-    layout = Layout(chunk_images=PART_ROWS, chunk_bytes=1 << 30)
+    layout = Layout(chunk_images=SHARD_ROWS, chunk_bytes=1 << 30)
     weights = "weights/none.safetensors"
     return OutputInfo(make_space(dim), layout, pa.schema([]), weights, "synthetic")
 
@@ -104,7 +108,7 @@ def write_shard(
     """Commit vectors as one shard; return its id."""
     commit = make_commit(name, info.space.id)
     table = _make_rows(name, vectors, info)
-    commit_table(output, table, commit=commit, part_rows=PART_ROWS, storage=storage)
+    commit_table(output, table, commit=commit, part_rows=SHARD_ROWS, storage=storage)
     return commit.shard_id
 
 
