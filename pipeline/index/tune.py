@@ -12,6 +12,10 @@ WIDE_CANDIDATES = 2048
 EFS = (32, 64, 128, 256, 512)
 QUICK_SHARE = 8
 """Lists beyond an eighth of all are tried only if fewer do not suffice."""
+NEAR_SHARES = (0.625, 0.75, 1.0, 1.5)
+"""Numbers of lists, as shares of the power of two that suffices, that are tried precisely."""
+RANKING_CODES = 100
+"""Codes that are compared in the time that one candidate takes to be ranked again."""
 
 Measure = Callable[[Sequence[SearchParams], bool], list[Measured]]
 """Measures settings; the flag asks for latency and self-hits too."""
@@ -34,7 +38,8 @@ class Tuned:
 def tune(kind: str, *, lists: int, rows: int, target: float, measure: Measure) -> Tuned:
     """Find the smallest parameters that meet ``target`` at ten neighbours.
 
-    First the fewest lists that meet it with plenty of candidates, then the fewest candidates.
+    With lists: first the power of two that meets it with plenty of candidates, then, around it,
+    the cheapest number of lists and candidates together.
 
     Args:
         kind: Kind of index.
@@ -70,14 +75,27 @@ def _tune_lists(lists: int, rows: int, *, target: float, measure: Measure) -> Tu
     curve: list[Measured] = []
     doubled = [1 << power for power in range(lists.bit_length())]
     quick = [nprobe for nprobe in doubled if nprobe <= max(64, lists // QUICK_SHARE)]
+    candidates = limit_candidates(rows)
     for nprobes in (quick, [nprobe for nprobe in doubled if nprobe not in quick]):
-        wide = min(WIDE_CANDIDATES, max(limit_candidates(rows)))
+        wide = min(WIDE_CANDIDATES, max(candidates))
         curve += measure([SearchParams(nprobe, wide) for nprobe in nprobes], False)
         if meets(choose(curve, target), target):
             break
-    nprobe = choose(curve, target).params.nprobe
-    timed = _widen(SearchParams(nprobe), rows, target=target, measure=measure)
+    enough = choose(curve, target).params.nprobe
+    near = sorted({min(lists, max(1, int(share * enough))) for share in NEAR_SHARES})
+    timed = measure(order_by_cost(near, candidates[:FIRST_CANDIDATES], rows / lists), True)
+    if not meets(choose(timed, target), target) and candidates[FIRST_CANDIDATES:]:
+        rest = order_by_cost([enough], candidates[FIRST_CANDIDATES:], rows / lists)
+        timed += measure(rest, True)
     return Tuned(choose(timed, target), (*curve, *timed))
+
+
+def order_by_cost(
+    nprobes: Sequence[int], candidates: Sequence[int], list_rows: float
+) -> list[SearchParams]:
+    """Return all combinations, the cheapest first; by counting, so that every run chooses alike."""
+    settings = [SearchParams(nprobe, number) for nprobe in nprobes for number in candidates]
+    return sorted(settings, key=lambda p: p.nprobe * list_rows + p.candidates * RANKING_CODES)
 
 
 def limit_candidates(rows: int) -> list[int]:

@@ -3,7 +3,7 @@ import pytest
 
 from pipeline.index.manifest import SearchParams
 from pipeline.index.measure import Measured, estimate_recall
-from pipeline.index.tune import choose, limit_candidates, meets, tune
+from pipeline.index.tune import choose, limit_candidates, meets, order_by_cost, tune
 
 
 def measured(params, value, low, *, timed=True):
@@ -82,6 +82,22 @@ def test_more_lists_are_tried_where_an_eighth_does_not_suffice():
     tune("ivf-rabitq", lists=1024, rows=100_000, target=0.999, measure=fake_measure(calls))
     assert [timed for _, timed in calls] == [False, False, True, True]
     assert max(params.nprobe for params in calls[1][0]) == 1024
+
+
+def test_lists_between_powers_of_two_are_tried_where_they_are_cheaper():
+    calls = []
+    tuned = tune("ivf-rabitq", lists=1024, rows=100_000, target=0.91, measure=fake_measure(calls))
+    assert tuned.chosen.params == SearchParams(nprobe=20, candidates=256)
+
+
+def test_settings_are_ordered_by_codes_to_compare_and_candidates_to_rank():
+    ordered = order_by_cost([64, 32], [128, 256], 250)
+    assert ordered == [
+        SearchParams(32, 128),
+        SearchParams(64, 128),
+        SearchParams(32, 256),
+        SearchParams(64, 256),
+    ]
 
 
 def test_candidates_beyond_the_rows_are_not_tried():
