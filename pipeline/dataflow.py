@@ -27,7 +27,7 @@ from ray.data.datasource import Datasource, ReadTask
 from pipeline.actors import DecodeActor, EmbedActor, FlowSettings, make_embedder
 from pipeline.config import EmbedConfig
 from pipeline.errors import AbortError, ClusterError, SettingsError
-from pipeline.loads import LOAD_SCHEMA, group_shards, read_loads
+from pipeline.loads import LOAD_SCHEMA, LoadBounds, bound_loads, group_shards, read_loads
 from pipeline.receipts import Receipt, unpack_receipts
 from pipeline.records import Record, Shard
 from pipeline.resources import Resources, fit_actors
@@ -35,7 +35,7 @@ from pipeline.resources import Resources, fit_actors
 _KNOCK_S = 10.0
 _READ_CPUS = 0.05
 _WHOLE_LOADS: dict[str, Any] = {
-    "batch_size": None,
+    "batch_size": 1,  # a row is a load; with GPUs Ray insists on a number
     "batch_format": "pyarrow",
     "zero_copy_batch": True,
 }
@@ -128,9 +128,11 @@ def _build_flow(
     stand_in: type | None,
 ) -> Iterable[pa.Table]:
     groups = group_shards(shards, num_groups=4 * resources.actors)
+    to_gpu = resources.gpus > 0 and not resources.decoders
+    bounds = bound_loads(shards, settings.read, actors=resources.actors, to_gpu=to_gpu)
     with ray.data.DataContext.current(_make_context(resources)):
         dataset = ray.data.read_datasource(
-            _ShardDatasource(groups, settings),
+            _ShardDatasource(groups, settings, bounds),
             override_num_blocks=len(groups),
             num_cpus=_READ_CPUS,
             concurrency=min(_count_readers(resources), len(groups)),
@@ -226,10 +228,13 @@ def _choose_pool(resources: Resources) -> ray.data.ActorPoolStrategy:
 class _ShardDatasource(Datasource):  # type: ignore[misc]
     """One read task per group of shards."""
 
-    def __init__(self, groups: Sequence[Sequence[Shard]], settings: FlowSettings) -> None:
+    def __init__(
+        self, groups: Sequence[Sequence[Shard]], settings: FlowSettings, bounds: LoadBounds
+    ) -> None:
         super().__init__()
         self._groups = groups
         self._settings = settings
+        self._bounds = bounds
 
     def estimate_inmemory_data_size(self) -> int | None:
         return sum(shard.size_bytes for group in self._groups for shard in group)
@@ -242,5 +247,5 @@ class _ShardDatasource(Datasource):  # type: ignore[misc]
         metadata = BlockMetadata(num_rows=None, size_bytes=size, input_files=None, exec_stats=None)
         # nothing of this module is named: a process that reads need not import torch
         storage, options = self._settings.storage, self._settings.read
-        read = partial(read_loads, group, storage=storage, options=options)
+        read = partial(read_loads, group, storage=storage, options=options, bounds=self._bounds)
         return ReadTask(read, metadata, LOAD_SCHEMA)

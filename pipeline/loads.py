@@ -19,6 +19,9 @@ from pipeline.records import Chunk, Record, Shard
 from pipeline.storage import Storage
 
 _TASK_BYTES = 256 * 2**20
+_LOAD_BYTES = 256 * 2**20
+_LOAD_CHUNKS = 16
+_LOADS_PER_ACTOR = 8
 
 LOAD_SCHEMA = pa.schema(
     [
@@ -26,6 +29,34 @@ LOAD_SCHEMA = pa.schema(
         pa.field("images", pa.list_(pa.large_binary())),
     ]
 )
+
+
+@dataclass(frozen=True, slots=True)
+class LoadBounds:
+    """How much may travel together; a chunk beyond that travels alone.
+
+    Attributes:
+        images: Most images in a load.
+        nbytes: Most encoded bytes in a load.
+    """
+
+    images: int
+    nbytes: int
+
+
+def bound_loads(
+    shards: Sequence[Shard], options: ReadOptions, *, actors: int, to_gpu: bool
+) -> LoadBounds:
+    """Return how much may travel together to one of ``actors`` embedders.
+
+    Every load costs the driver milliseconds. A CPU takes seconds for a chunk, so that hardly
+    matters, and small loads keep all busy to the end. A GPU takes a tenth of a second for one:
+    it is sent many, yet no more than an eighth of its share of the input.
+    """
+    if not to_gpu:
+        return LoadBounds(options.chunk_images, options.chunk_bytes)
+    share = sum(shard.size_bytes for shard in shards) // (_LOADS_PER_ACTOR * actors)
+    return LoadBounds(_LOAD_CHUNKS * options.chunk_images, min(_LOAD_BYTES, share))
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +69,7 @@ class FailedShard:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Chunks that travel together, up to the bounds of one chunk.
+    """Chunks that travel together.
 
     Attributes:
         chunks: Each with its shard, whose members stay behind.
@@ -76,17 +107,17 @@ def group_shards(shards: Sequence[Shard], *, num_groups: int) -> list[list[Shard
 
 
 def read_loads(
-    shards: Iterable[Shard], *, storage: Storage, options: ReadOptions
+    shards: Iterable[Shard], *, storage: Storage, options: ReadOptions, bounds: LoadBounds
 ) -> Iterator[pa.Table]:
-    """Read shards as loads, tables of one row: chunks of small shards travel together."""
+    """Read shards as loads, tables of one row: chunks travel together as far as bounds allow."""
     items: list[tuple[Shard, Chunk] | FailedShard] = []
     num_images = nbytes = 0
     start_s = time.perf_counter()
     for item in _read_shards(shards, storage, options):
         records = [] if isinstance(item, FailedShard) else item[1].records
         size = sum(len(record.data) for record in records)
-        full = num_images + len(records) > options.chunk_images
-        if items and (full or nbytes + size > options.chunk_bytes):
+        full = num_images + len(records) > bounds.images or nbytes + size > bounds.nbytes
+        if items and full:
             yield _pack_load(items, time.perf_counter() - start_s)
             items, num_images, nbytes, start_s = [], 0, 0, time.perf_counter()
         items.append(item)

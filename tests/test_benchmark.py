@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -216,6 +218,17 @@ def test_the_benchmark_measures_ceilings_and_writes_its_report(
     assert set(rates["host"]["stages_ms"]) == {"read", "decode", "transform"}
     assert any(line.startswith("| host / pillow, CPU time |") for line in printed)
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_simulated_cluster_with_gpus_commits_every_shard_once():
+    simulation = {"shards": 40, "actors": 2, "chunk_s": 0.01}
+    command = [sys.executable, "-m", "pipeline.benchmark.simulation", json.dumps(simulation)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert found["rows"] == 40
+    assert found["chunks_per_s"] > 0
+    assert found["driver_cpu_ms"] > 0
 
 
 def test_wrong_settings_are_refused(capsys: pytest.CaptureFixture[str]):

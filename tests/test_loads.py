@@ -12,7 +12,7 @@ from pictures import make_bundle, make_jpeg, make_shard, write_loose, write_parq
 
 from pipeline.containers.found import ReadOptions
 from pipeline.errors import SettingsError
-from pipeline.loads import group_shards, read_loads, unpack_loads
+from pipeline.loads import LoadBounds, bound_loads, group_shards, read_loads, unpack_loads
 from pipeline.readers import read_chunks
 from pipeline.records import Shard
 from pipeline.storage import Storage
@@ -39,6 +39,22 @@ def test_small_shards_travel_together_but_leave_work_for_every_actor():
     assert 8 <= len(groups) <= 9
 
 
+def test_a_gpu_is_sent_many_chunks_at_once_but_no_large_share_of_the_input():
+    options = ReadOptions(chunk_images=100)
+    large, small = make_sizes([2**30] * 64), make_sizes([2**20] * 64)
+    assert bound_loads(large, options, actors=8, to_gpu=True) == LoadBounds(1600, 256 * 2**20)
+    assert bound_loads(small, options, actors=8, to_gpu=True) == LoadBounds(1600, 2**20)
+    on_cpu = bound_loads(large, options, actors=8, to_gpu=False)
+    assert on_cpu == LoadBounds(100, options.chunk_bytes)
+
+
+def test_chunks_of_a_large_shard_travel_together_where_bounds_allow(shards):
+    options = ReadOptions(chunk_images=2)
+    loads = read_loads(shards, storage=STORAGE, options=options, bounds=LoadBounds(6, 2**20))
+    numbers = [[len(c.records) for _, c in load.chunks] for t in loads for load in unpack_loads(t)]
+    assert numbers == [[2, 2, 1, 0], [2, 1]]
+
+
 @pytest.fixture
 def shards(tmp_path: Path) -> list[Shard]:
     tar = write_tar(tmp_path / "a.tar", [(f"{i}.jpg", make_jpeg(i)) for i in range(5)])
@@ -54,7 +70,8 @@ def shards(tmp_path: Path) -> list[Shard]:
 @pytest.mark.parametrize("chunk_images", [1, 2, 4, 100])
 def test_chunks_arrive_as_they_were_read_and_loads_keep_a_chunks_bounds(shards, chunk_images):
     options = ReadOptions(chunk_images=chunk_images)
-    tables = list(read_loads(shards, storage=STORAGE, options=options))
+    bounds = LoadBounds(chunk_images, options.chunk_bytes)
+    tables = list(read_loads(shards, storage=STORAGE, options=options, bounds=bounds))
     loads = [load for table in tables for load in unpack_loads(table)]
     assert all(table.num_rows == 1 for table in tables)
     arrived = [chunk for load in loads for _, chunk in load.chunks]
@@ -69,7 +86,8 @@ def test_a_shard_that_cannot_be_read_does_not_hold_up_the_others(shards, tmp_pat
     alien = write_parquet(tmp_path / "x.parquet", [make_jpeg()])
     bad = replace(make_shard(alien), id="bad")
     options = ReadOptions(image_column="nope")
-    (table,) = read_loads([bad, *shards], storage=STORAGE, options=options)
+    bounds = LoadBounds(options.chunk_images, options.chunk_bytes)
+    (table,) = read_loads([bad, *shards], storage=STORAGE, options=options, bounds=bounds)
     (load,) = unpack_loads(table)
     assert [shard.id for shard, _ in load.chunks] == ["tar", "empty", "fedcba9876543210"]
     (failed,) = load.failed

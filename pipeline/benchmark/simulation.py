@@ -1,16 +1,22 @@
 """How the driver, the commits and the listing behave with many shards and many actors.
 
-A cluster of many nodes runs on this machine, and actors that wait as long as embedding would take
-stand in for embedders. Everything else is real: tar shards, read tasks, loads, parts, receipts,
-commits, the plan of the next run. Processes of the stand-ins do not import torch.
+A cluster of nodes with eight GPUs each, in name, runs on this machine, and actors that wait as long
+as a GPU would take stand in for embedders. Everything else is real: tar shards, read tasks, loads,
+parts, receipts, commits, the plan of the next run. Processes of the stand-ins do not import torch.
+
+    python -m pipeline.benchmark.simulation '{"shards": 1000, "actors": 16, "chunk_s": 0.1}'
 """
 
 import io
+import json
+import sys
 import tarfile
+import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +34,8 @@ from pipeline.report import EmbedReport
 from pipeline.run import embed
 from pipeline.storage import Storage
 
-_ACTORS_PER_NODE = 8
+_GPUS_PER_NODE = 8
+_MODEL = "ese_vovnet19b_dw.ra_in1k"
 _NODE_STORE_BYTES = 100 * 2**20
 
 
@@ -37,14 +44,14 @@ class Simulation:
     """What to simulate.
 
     Attributes:
-        shards: Number of shards, of one load each.
-        actors: Number of embedder actors.
-        load_s: How long embedding a load takes.
+        shards: Number of shards, of one chunk each.
+        actors: Number of embedder actors, of one GPU each.
+        chunk_s: How long a GPU takes for a chunk.
     """
 
     shards: int
     actors: int
-    load_s: float
+    chunk_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +59,18 @@ class SimulationFindings:
     """How it went.
 
     Attributes:
-        loads_per_s: Loads a second between the first tenth of the run and the last.
-        reached: The same as a share of what the actors could do.
+        chunks_per_s: Chunks a second between the first tenth of the run and the last.
+        reached: The same as a share of what the GPUs could do.
         late_over_early: Rate of the second half over that of the first; 1 when nothing piles up.
         list_s: Time to list the input.
         startup_s: Time until the first load was in an actor.
         seconds: Time of the whole run.
-        driver_cpu_ms: CPU time of the driver for one shard, receipts and commits included.
+        driver_cpu_ms: CPU time of the driver for one shard, commit included, between the same.
         rerun_s: Time of a second run, which lists, reads all commits, and finds nothing to do.
         rows: Live rows afterwards; one for each shard when all is well.
     """
 
-    loads_per_s: float
+    chunks_per_s: float
     reached: float
     late_over_early: float
     list_s: float
@@ -74,32 +81,34 @@ class SimulationFindings:
     rows: int
 
 
-def simulate(simulation: Simulation, config: EmbedConfig, folder: Path) -> SimulationFindings:
-    """Run the embed job with stand-ins, twice.
-
-    Args:
-        simulation: What to simulate.
-        config: Settings of the job; input and output are ``folder``'s ``shards`` and ``output``.
-        folder: An empty folder.
-    """
+def simulate(simulation: Simulation, folder: Path) -> SimulationFindings:
+    """Run the embed job with stand-ins, twice, in an empty folder."""
+    config = EmbedConfig(
+        input=(str(folder / "shards"),),
+        output=str(folder / "output"),
+        model=_MODEL,
+        weights="random:0",
+        chunk_images=1,
+        actors=simulation.actors,
+    )
     write_tiny_shards(folder / "shards", simulation.shards)
-    stand_in = make_stand_in(simulation.load_s, config.output)
-    with _run_cluster(simulation.actors):
-        cpu_s = time.process_time()
+    stand_in = make_stand_in(simulation.chunk_s, config.output)
+    with _run_cluster(simulation.actors), _CpuClock() as clock:
         report = _embed(config, stand_in)
-        cpu_s = time.process_time() - cpu_s
     start_s = time.perf_counter()
     again = _embed(config, stand_in)
     rerun_s = time.perf_counter() - start_s
-    rates = [_rate(report.timeline, *span) for span in ((0.1, 0.9), (0.1, 0.5), (0.5, 0.9))]
+    early, middle, late = (_find_mark(report.timeline, share) for share in (0.1, 0.5, 0.9))
+    ended_s = report.started_s + report.startup_seconds + report.embed_seconds
+    cpu_s = clock.measure(*(ended_s - report.timeline[-1][0] + mark[0] for mark in (early, late)))
     return SimulationFindings(
-        loads_per_s=rates[0],
-        reached=rates[0] * simulation.load_s / simulation.actors,
-        late_over_early=rates[2] / rates[1],
+        chunks_per_s=_rate(early, late),
+        reached=_rate(early, late) * simulation.chunk_s / simulation.actors,
+        late_over_early=_rate(middle, late) / _rate(early, middle),
         list_s=report.stage_seconds["list"],
         startup_s=report.startup_seconds,
         seconds=report.seconds,
-        driver_cpu_ms=1e3 * cpu_s / simulation.shards,
+        driver_cpu_ms=1e3 * cpu_s / (late[1] - early[1]),
         rerun_s=rerun_s,
         rows=sum(again.rows.values()),
     )
@@ -111,13 +120,39 @@ def _embed(config: EmbedConfig, stand_in: type) -> EmbedReport:
     return report
 
 
-def _rate(timeline: Sequence[tuple[float, int]], start: float, stop: float) -> float:
-    """Return rows a second between two shares of all rows."""
-    total = timeline[-1][1]
-    first, last = (
-        next(mark for mark in timeline if mark[1] >= share * total) for share in (start, stop)
-    )
+def _find_mark(timeline: Sequence[tuple[float, int]], share: float) -> tuple[float, int]:
+    """Return when that share of all rows was done, and how many were done then."""
+    return next(mark for mark in timeline if mark[1] >= share * timeline[-1][1])
+
+
+def _rate(first: tuple[float, int], last: tuple[float, int]) -> float:
     return (last[1] - first[1]) / max(1e-9, last[0] - first[0])
+
+
+class _CpuClock:
+    """Notes this process's CPU time ten times a second."""
+
+    def __init__(self) -> None:
+        self._notes = [(time.time(), time.process_time())]
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._note, daemon=True)
+
+    def __enter__(self) -> "_CpuClock":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def measure(self, start_s: float, end_s: float) -> float:
+        """Return the CPU time between two moments, seconds since 1970."""
+        times, cpu_s = zip(*self._notes, strict=True)
+        return float(np.interp(end_s, times, cpu_s) - np.interp(start_s, times, cpu_s))
+
+    def _note(self) -> None:
+        while not self._ended.wait(0.1):
+            self._notes.append((time.time(), time.process_time()))
 
 
 def write_tiny_shards(folder: Path, number: int) -> None:
@@ -133,8 +168,8 @@ def write_tiny_shards(folder: Path, number: int) -> None:
         (folder / f"{index:06d}.tar").write_bytes(buffer.getvalue())
 
 
-def make_stand_in(load_s: float, output: str) -> type:
-    """Return a class that takes ``load_s`` for a load and writes parts of zero vectors."""
+def make_stand_in(chunk_s: float, output: str) -> type:
+    """Return a class that takes ``chunk_s`` for a chunk and writes parts of zero vectors."""
 
     class StandIn:
         def __init__(self) -> None:
@@ -142,13 +177,16 @@ def make_stand_in(load_s: float, output: str) -> type:
             info = read_output_info(output, self._storage)
             assert info is not None
             self._info = info
+            self._gpu = threading.Lock()
 
         def __call__(self, batch: pa.Table) -> pa.Table:
             receipts: list[Receipt] = []
+            start_s = time.perf_counter()
             for load in unpack_loads(batch):
-                time.sleep(load_s)
+                with self._gpu:
+                    time.sleep(chunk_s * len(load.chunks))
                 receipts += _write_parts(load, output, self._info, self._storage)
-            receipts[0] = replace(receipts[0], load_s=load_s)
+            receipts[0] = replace(receipts[0], load_s=time.perf_counter() - start_s)
             return pack_receipts(receipts)
 
     return StandIn
@@ -170,16 +208,27 @@ def _write_parts(load: Load, output: str, info: OutputInfo, storage: Storage) ->
 
 @contextmanager
 def _run_cluster(actors: int) -> Iterator[None]:
-    """Run a head without cores and nodes of eight cores each, on this machine."""
+    """Run a head without cores and nodes of eight cores and GPUs each, on this machine."""
     memory = {"object_store_memory": _NODE_STORE_BYTES}
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **memory}
     )
     try:
-        for _ in range(-(-actors // _ACTORS_PER_NODE)):
-            cluster.add_node(num_cpus=_ACTORS_PER_NODE, **memory)
+        for _ in range(-(-actors // _GPUS_PER_NODE)):
+            cluster.add_node(num_cpus=_GPUS_PER_NODE, num_gpus=_GPUS_PER_NODE, **memory)
         ray.init(address=cluster.address, log_to_driver=False)
         yield
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def main() -> None:
+    """Run the simulation on the command line; print its findings as JSON on the last line."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = simulate(Simulation(**json.loads(sys.argv[1])), Path(folder))
+    print(json.dumps(asdict(found)))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
