@@ -6,7 +6,7 @@ times faster at 0.99 recall and need no training; beyond a million rows inverted
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import SettingsError
@@ -26,6 +26,9 @@ POINTS_PER_LIST = 32
 MAX_PADDING = 1.1
 """Widest padding, as a share, that a fast rotation may cost."""
 CODEC_SAMPLE_ROWS = 20_000
+TABLE_ROWS = (1000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000)
+TABLE_DIMS = (1024, 1984, 2048, 2152)
+TABLE_MEMORY_BYTES = (10**9, 8 * 10**9, 256 * 10**9)
 
 _WORDS: Mapping[str, str] = {
     "flat": "compare with every vector",
@@ -108,6 +111,51 @@ def make_plan(
         sample_rows=min(rows, sample, max(1, memory_bytes // 2 // (4 * dim))),
         reason=_explain(chosen, kind, rows=rows, dim=dim, memory_bytes=needed),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What ``--kind auto`` comes to for one collection.
+
+    Attributes:
+        rows: Number of vectors.
+        dim: Their width.
+        memory_budget_bytes: What one process may hold.
+        kind: The kind; None where nothing fits.
+        memory_bytes: What a process that searches it holds; 0 where nothing fits.
+        reason: The line that users see, or the error.
+    """
+
+    rows: int
+    dim: int
+    memory_budget_bytes: int
+    kind: str | None
+    memory_bytes: int
+    reason: str
+
+
+def tabulate_selection(
+    rows: Sequence[int] = TABLE_ROWS,
+    dims: Sequence[int] = TABLE_DIMS,
+    memory_budgets_bytes: Sequence[int] = TABLE_MEMORY_BYTES,
+    *,
+    target_recall: float = 0.95,
+) -> list[Selection]:
+    """Return what ``--kind auto`` comes to for every combination, in the order given."""
+    return [
+        _select(number, dim, memory_bytes=budget, target_recall=target_recall)
+        for number in rows
+        for dim in dims
+        for budget in memory_budgets_bytes
+    ]
+
+
+def _select(rows: int, dim: int, *, memory_bytes: int, target_recall: float) -> Selection:
+    try:
+        plan = make_plan(rows, dim, memory_bytes=memory_bytes, target_recall=target_recall)
+    except SettingsError as error:
+        return Selection(rows, dim, memory_bytes, None, 0, str(error))
+    return Selection(rows, dim, memory_bytes, plan.kind, plan.memory_bytes, plan.reason)
 
 
 def choose_kind(rows: int, dim: int, *, memory_bytes: int, target_recall: float) -> str:

@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.errors import SettingsError
-from pipeline.index.selection import KINDS, make_plan, outgrew, show_bytes
+from pipeline.index.selection import KINDS, make_plan, outgrew, show_bytes, tabulate_selection
 
 GB = 10**9
 WIDTHS = (1024, 2152, 1984, 2048, 1024)
@@ -103,3 +103,19 @@ def test_sizes_are_written_for_people():
         "2.5 MB",
         "3 TB",
     ]
+
+
+def test_the_selection_table_holds_every_combination_with_its_line():
+    table = tabulate_selection((1000, 100_000), (64, 1024), (10**6, GB))
+    assert len(table) == 8
+    assert (table[0].rows, table[0].dim, table[0].memory_budget_bytes) == (1000, 64, 10**6)
+    last = table[-1]
+    assert (last.kind, last.reason) == ("rabitq", plan(100_000).reason)
+    assert last.memory_bytes == plan(100_000).memory_bytes
+    refused = table[4]
+    assert (refused.kind, refused.memory_bytes) == (None, 0)
+    assert "100,000 rows of 64 need 1.7 MB even as 1-bit codes" in refused.reason
+
+
+def test_the_usual_selection_table_covers_all_kinds_that_auto_chooses():
+    assert {row.kind for row in tabulate_selection()} == {None, "flat", "rabitq", "ivf-rabitq"}
