@@ -163,6 +163,9 @@ def _is_live(mask: Mask | None, row: int) -> bool:
 
 def _merge(found: Sequence[tuple[Floats, Rows]], k: int) -> tuple[Floats, Rows, Rows]:
     """Return the best of what each segment found; -inf where there are fewer than ``k``."""
+    if len(found) == 1 and found[0][0].shape[1] == k:
+        [(scores, rows)] = found
+        return scores, np.zeros_like(rows), rows
     numbers = [np.full(rows.shape, number) for number, (_, rows) in enumerate(found)]
     scores = np.concatenate([item[0] for item in found], axis=1)
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]

@@ -1,8 +1,8 @@
 """Nearest neighbours: open an index, search it from any number of threads, keep it fresh."""
 
+import math
 import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -147,19 +147,14 @@ class Snapshot:
         return masks
 
     def _describe_rows(self, scores: Floats, numbers: Rows, rows: Rows) -> list[list[Neighbour]]:
-        found: dict[tuple[int, int], dict[str, Any]] = {}
-        usable = np.isfinite(scores)
-        for number, segment in enumerate(self.opened.segments):
-            wanted = np.unique(rows[usable & (numbers == number)])
-            records = segment.read_keys(wanted).to_pylist() if len(wanted) else []
-            found |= zip(((number, int(row)) for row in wanted), records, strict=True)
+        segments = self.opened.segments
         return [
             [
-                make_neighbour(float(score), found[int(number), int(row)])
+                make_neighbour(score, segments[number].read_row(row))
                 for score, number, row in zip(*line, strict=True)
-                if np.isfinite(score)
+                if math.isfinite(score)
             ]
-            for line in zip(scores, numbers, rows, strict=True)
+            for line in zip(scores.tolist(), numbers.tolist(), rows.tolist(), strict=True)
         ]
 
 

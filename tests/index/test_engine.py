@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -269,9 +270,26 @@ def test_a_faiss_that_will_not_do_is_explained(stub, message, tmp_path):
 
 
 def test_half_vectors_are_ranked_as_they_are_multiplied():
-    vectors = normalise_rows(generate_vectors(300, 72, clusters=10))
+    vectors = normalise_rows(generate_vectors(3000, 72, clusters=10))
     halves = vectors.astype(np.float16)
-    scores, rows = engine.HalfRanker(72).rank(vectors[:3], halves, 5)
-    exact = vectors[:3] @ halves.astype(np.float32).T
-    np.testing.assert_allclose(scores, -np.sort(-exact, axis=1)[:, :5], atol=1e-6)
-    np.testing.assert_array_equal(rows[:, 0], [0, 1, 2])
+    ranker = engine.HalfRanker(72)
+    for chosen in (np.arange(300), np.arange(3000), np.array([0, 1, 2, 2999, 7])):
+        scores, rows = ranker.rank(vectors[:3], halves, chosen, k=5)
+        exact = vectors[:3] @ halves[chosen].astype(np.float32).T
+        np.testing.assert_allclose(scores, -np.sort(-exact, axis=1)[:, :5], atol=1e-6)
+        np.testing.assert_array_equal(rows[:, 0], [0, 1, 2])
+        assert set(rows.ravel()) <= set(chosen)
+
+
+def test_fewer_rows_than_neighbours_are_all_ranked():
+    halves = normalise_rows(generate_vectors(20, 72)).astype(np.float16)
+    scores, rows = engine.HalfRanker(72).rank(np.ones((1, 72), "f4"), halves, np.array([4, 9]), k=5)
+    assert scores.shape == (1, 2)
+    assert set(rows[0]) == {4, 9}
+
+
+def test_each_thread_keeps_one_ranker_of_a_width():
+    assert engine.get_ranker(72) is engine.get_ranker(72)
+    assert engine.get_ranker(72) is not engine.get_ranker(64)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(engine.get_ranker, 72).result() is not engine.get_ranker(72)
