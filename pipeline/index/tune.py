@@ -14,7 +14,7 @@ QUICK_SHARE = 8
 """Lists beyond an eighth of all are tried only if fewer do not suffice."""
 NEAR_SHARES = (0.625, 0.75, 1.0, 1.5)
 """Numbers of lists, as shares of the power of two that suffices, that are tried precisely."""
-RANKING_CODES = 100
+RANKING_CODES = 50
 """Codes that are compared in the time that one candidate takes to be ranked again."""
 
 Measure = Callable[[Sequence[SearchParams], bool], list[Measured]]

@@ -91,7 +91,7 @@ def test_lists_between_powers_of_two_are_tried_where_they_are_cheaper():
 
 
 def test_settings_are_ordered_by_codes_to_compare_and_candidates_to_rank():
-    ordered = order_by_cost([64, 32], [128, 256], 250)
+    ordered = order_by_cost([64, 32], [128, 256], 150)
     assert ordered == [
         SearchParams(32, 128),
         SearchParams(64, 128),
