@@ -169,7 +169,8 @@ def _explaining_faults() -> Iterator[None]:
         if isinstance(cause := getattr(error, "cause", None), AbortError):
             raise cause from None
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        causes = [line for line in lines if _EXCEPTION_LINE.match(line)] or lines or [""]
+        raised = [line for line in lines if _EXCEPTION_LINE.match(line)]
+        causes = [line for line in raised if not line.startswith("ray.")] or raised or lines or [""]
         raise ClusterError(
             f"Ray gave up with {type(error).__name__}: {causes[-1]}; committed shards stay: "
             "look for more above or in Ray's logs, then run again"
