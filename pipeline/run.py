@@ -258,6 +258,7 @@ class _Run:
         return opened.add(receipt)
 
     def _commit(self, opened: _OpenShard) -> None:
+        self._lease.check()  # it may have waited for its turn
         shard = opened.shard
         parts = (opened.parts[chunk] for chunk in range(len(opened.parts)))
         commit = Commit(
