@@ -12,15 +12,18 @@ from pipeline.index.engine import Floats, Rows
 from pipeline.index.files import FileStore
 from pipeline.index.installed import set_threads
 from pipeline.index.manifest import CodecInfo, FileInfo, SearchParams, SegmentInfo, Tombstones
-from pipeline.index.opened import Mask, Request, Segment, keep_best
+from pipeline.index.opened import OVERFETCH, Mask, Request, Segment, keep_best
 from pipeline.index.rows import read_bits
 from pipeline.index.segments import open_codec, read_queries
-from pipeline.index.truth import DEPTH, Queries, Truth, count_hits, drop_dead, merge_truths
+from pipeline.index.truth import DEPTH, TIE, Queries, Truth, count_hits, drop_dead, merge_truths
 
 RANKS = (1, 10, 100)
+DEPTHS = (10, 100)
+"""Neighbours asked for; who asks for more gets more candidates, and so better first ones."""
 TIMED_QUERIES = 100
 SELF_HIT_ROWS = 200
-SELF_TOLERANCE = 1e-3
+SELF_TOLERANCE = 2.0**-11 + TIE
+"""Exact codes and stored float16 vectors, which round by at most that share, score so far apart."""
 Z_95 = 1.96
 
 
@@ -54,14 +57,14 @@ class SegmentMeasure:
     """What was measured in one segment.
 
     Attributes:
-        scores: Best scores of each query for each setting, (n, <= 100).
+        scores: Best scores of each query for each setting and each of ``DEPTHS``, (n, <= depth).
         seconds: Time of single queries in the segment for each setting, (t,).
         shared_seconds: Time of what single queries need once for all segments, (t,).
         self_hits: Rows that found themselves.
         self_tried: Rows that should have.
     """
 
-    scores: tuple[Floats, ...]
+    scores: tuple[Mapping[int, Floats], ...]
     seconds: tuple[Floats, ...]
     shared_seconds: tuple[Floats, ...]
     self_hits: int
@@ -149,12 +152,16 @@ def _search_others(
     own: Rows,
     params: SearchParams,
     mask: Mask | None,
-) -> Floats:
-    """Return the best scores of each query, its own row left out."""
-    request = _make_request(segment, vectors, params=params, k=max(RANKS) + 1)
-    scores, rows = segment.search(request, mask)
-    scores = np.where(rows == own[:, None], -np.inf, scores).astype(np.float32)
-    return keep_best(scores, rows, max(RANKS))[0]
+) -> dict[int, Floats]:
+    """Return the best scores of each query by depth, its own row left out."""
+    found: dict[int, Floats] = {}
+    same = segment.info.kind == "flat" or params.candidates >= OVERFETCH * (max(DEPTHS) + 1)
+    for depth in DEPTHS[-1:] if same else DEPTHS:
+        request = _make_request(segment, vectors, params=params, k=depth + 1)
+        scores, rows = segment.search(request, mask)
+        scores = np.where(rows == own[:, None], -np.inf, scores).astype(np.float32)
+        found[depth] = keep_best(scores, rows, depth)[0]
+    return {depth: found.get(depth, found[max(DEPTHS)])[:, :depth] for depth in DEPTHS}
 
 
 def _time_queries(
@@ -181,7 +188,7 @@ def _count_self_hits(segment: Segment, params: SearchParams, mask: Mask | None) 
     if not len(rows):
         return 0, 0
     scores, _ = segment.search(_make_request(segment, vectors, params=params, k=10), mask)
-    # An exact duplicate is as good as the row itself; stored vectors are rounded, codes may not be.
+    # An exact duplicate is as good as the row itself.
     own = np.einsum("nd,nd->n", vectors, vectors)
     return int((scores[:, 0] >= own - SELF_TOLERANCE).sum()), len(rows)
 
@@ -202,9 +209,14 @@ def combine(
     hits = sum(measure.self_hits for measure in measures)
     outcomes = []
     for number, params in enumerate(settings):
-        found = np.concatenate([measure.scores[number] for measure in measures], axis=1)
-        found = -np.sort(-found, axis=1)
-        recall = {rank: estimate_recall(found, truth, rank) for rank in RANKS}
+        found = {
+            depth: -np.sort(-np.concatenate([m.scores[number][depth] for m in measures], 1), 1)
+            for depth in DEPTHS
+        }
+        recall = {
+            rank: estimate_recall(found[min(d for d in DEPTHS if d >= rank)], truth, rank)
+            for rank in RANKS
+        }
         latency = _sum_latency(measures, number) if tried else None
         share = hits / tried if tried else None
         outcomes.append(Measured(params, recall, latency, len(truth), share))
