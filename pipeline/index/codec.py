@@ -24,6 +24,9 @@ COARSE_EF = 64
 HNSW_BUILD_EF = 128
 """The library's default of 40 leaves one row in fifty where a search does not find it."""
 
+MIN_SUPER_DIM = 32
+"""SuperKmeans refuses fewer dimensions."""
+
 
 class Codec:
     """What all segments of a generation share: how vectors are rotated, assigned and encoded.
@@ -160,11 +163,13 @@ def train_codec(kind: str, factory: str, sample: Floats, *, seed: int) -> Codec:
 
 def train_centroids(vectors: Floats, number: int, *, seed: int) -> Floats:
     """Return ``number`` unit centroids, by k-means on the GPUs if there are any."""
-    faiss = load_faiss()
+    faiss, dim = load_faiss(), vectors.shape[1]
     if faiss.get_num_gpus() > 0:
-        means = faiss.Kmeans(vectors.shape[1], number, spherical=True, gpu=True, seed=seed)
+        means = faiss.Kmeans(dim, number, spherical=True, gpu=True, seed=seed)
+    elif dim < MIN_SUPER_DIM:
+        means = faiss.Kmeans(dim, number, spherical=True, seed=seed)
     else:  # a third of the work of Kmeans for the same coverage
-        means = faiss.SuperKmeans(vectors.shape[1], number, spherical=True, seed=seed)
+        means = faiss.SuperKmeans(dim, number, spherical=True, seed=seed)
     means.cp.min_points_per_centroid = 1
     means.train(vectors)
     return np.ascontiguousarray(means.centroids, dtype=np.float32)

@@ -365,6 +365,15 @@ def test_recall_that_misses_the_target_is_not_published(corpus, uri, monkeypatch
     assert read_current(uri, STORAGE) is None
 
 
+@pytest.mark.parametrize("dim", [4, 16])
+@pytest.mark.parametrize("kind", ["flat", "rabitq", "ivf-rabitq"])
+def test_narrow_vectors_round_coarsely_and_find_themselves_all_the_same(tmp_path, dim, kind):
+    corpus = make_corpus(tmp_path / "embeddings", rows=1200, dim=dim)
+    report = build(corpus, str(tmp_path / "index"), kind=kind, queries=50)
+    assert report["measured"]["self_hits"] == 1
+    assert all(gate["passed"] for gate in report["gates"])
+
+
 def test_a_large_drop_of_rows_is_not_published_unless_forced(corpus, uri):
     build(corpus, uri)
     before = read_current(uri, STORAGE)

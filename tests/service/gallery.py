@@ -92,9 +92,7 @@ class Gallery:
         return name
 
     def build(self) -> None:
-        # Forced: 16 dimensions round too coarsely in float16 for the gates of real embeddings.
-        settings = {"index": self.index, "embeddings": self.output, "workers": "local"}
-        build_index(IndexConfig(**settings, force=True))
+        build_index(IndexConfig(index=self.index, embeddings=self.output, workers="local"))
 
     def open(self) -> SearchIndex:
         return SearchIndex.open(self.index)
