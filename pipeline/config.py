@@ -411,7 +411,18 @@ class NightlyConfig:
     """Table [nightly]."""
 
 
-Measure = Literal["forward", "host", "job", "dataloader", "ray-recipe"]
+Measure = Literal[
+    "forward",
+    "host",
+    "job",
+    "dataloader",
+    "ray-recipe",
+    "decode",
+    "scaling",
+    "memory",
+    "index",
+    "simulation",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -421,7 +432,11 @@ class BenchmarkConfig:
     model: tuple[str, ...] = ("fbnetv3_b.ra2_in1k",)
     """Backbones to measure, or all."""
     measure: tuple[Measure, ...] = ("forward", "host", "job", "dataloader", "ray-recipe")
-    """What to measure; the last two, and timm's forward pass, need timm."""
+    """forward: the forward pass alone; host: all but that; job: the embed job; dataloader and
+    ray-recipe: what else one would write (these, and timm's forward pass, need timm); decode: the
+    job with faster decoding and with a decode stage; scaling: the job with other numbers of actors
+    and images; memory: the job over inputs hard on memory; index: indexes of synthetic vectors;
+    simulation: the driver on a large cluster."""
     input: tuple[str, ...] = ()
     """Prefixes, objects or folders to take images from; drawn photographs otherwise."""
     images: int = 256
@@ -442,15 +457,29 @@ class BenchmarkConfig:
     """Images in one forward pass; chosen for the device otherwise."""
     actors: int | None = None
     """Embedder actors of the job; one per GPU, or one per CPU core, otherwise."""
+    memory_scale: float = 1.0
+    """Size of the inputs that are hard on memory; at 1 they hold up to 50,000 images."""
+    index_rows: tuple[int, ...] = (10_000, 100_000)
+    """Numbers of vectors to index."""
+    index_dim: int = 1024
+    """Width of the vectors to index."""
+    index_kind: tuple[str, ...] = ("flat", "auto")
+    """Kinds of index to build."""
+    simulated_shards: int = 10_000
+    """Shards of the simulation."""
+    simulated_actors: int = 64
+    """GPUs of the simulation, eight to a node; each is a process on this machine."""
     output: str | None = None
     """Also write the report to this file, as JSON."""
     work_dir: str | None = None
     """Folder for samples and outputs, removed afterwards; the system's temporary one otherwise."""
 
     def __post_init__(self) -> None:
-        for name in ("images", "rounds", "batch_size", "actors"):
+        for name in ("images", "rounds", "batch_size", "actors", "index_dim"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name} is {value}; it must be at least 1")
+        if not 0 < self.memory_scale <= 1:
+            raise SettingsError(f"memory_scale is {self.memory_scale}; it must be in (0, 1]")
         if self.images < 8:
             raise SettingsError(f"images is {self.images}; a rate needs at least 8")

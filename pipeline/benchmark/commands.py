@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -50,8 +50,20 @@ class Run:
     peak_bytes: dict[str, int]
 
 
-def run_program(command: Sequence[str], *, images: int, output: Path) -> Run:
+def run_program(
+    command: Sequence[str],
+    *,
+    images: int,
+    output: Path,
+    environment: Mapping[str, str] | None = None,
+) -> Run:
     """Run a Python program that embeds ``images`` images into ``output``.
+
+    Args:
+        command: Its file and its arguments.
+        images: Number of images.
+        output: Passed on as ``--output``.
+        environment: Variables set for it and the processes it starts.
 
     Raises:
         AbortError: It failed; the end of what it said is in the message.
@@ -64,7 +76,7 @@ def run_program(command: Sequence[str], *, images: int, output: Path) -> Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {_TAG: tag, "RAY_USAGE_STATS_ENABLED": "0"},
+            env=os.environ | {_TAG: tag, "RAY_USAGE_STATS_ENABLED": "0"} | dict(environment or {}),
         ) as process,
         ProcessWatch(tag, process.pid) as watch,
     ):

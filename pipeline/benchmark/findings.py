@@ -1,10 +1,13 @@
 """What a benchmark found: rates, ratios, what binds, and advice; as JSON and as tables."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.benchmark.rounds import Rate
+
+Row = Mapping[str, Any]
+"""One line of a table, by the titles of its columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,11 +19,13 @@ class ModelFindings:
             is of all cores; ``job`` and the whole programs are of the machine.
         ratios: Named quotients, each of figures measured in turns; above 1 the first is faster.
         advice: Sentences on what binds.
+        scaling: The job with other numbers of actors, and other numbers and sizes of images.
     """
 
     rates: Mapping[str, Rate]
     ratios: Mapping[str, float]
     advice: tuple[str, ...] = ()
+    scaling: Sequence[Row] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +36,13 @@ class BenchmarkReport:
         machine: Processor, cores, GPU, versions, date.
         settings: The effective settings.
         models: Findings by backbone.
+        tables: What was measured once for the machine, by title.
     """
 
     machine: Mapping[str, Any]
     settings: Mapping[str, Any]
     models: Mapping[str, ModelFindings]
-    extras: Mapping[str, Any] = field(default_factory=dict)
+    tables: Mapping[str, Sequence[Row]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""
@@ -46,14 +52,41 @@ class BenchmarkReport:
         """Return the report as Markdown."""
         lines = [", ".join(f"{key} {value}" for key, value in self.machine.items()), ""]
         for model, found in self.models.items():
-            lines += [f"### {model}", ""]
-            lines += ["| what | images/s | CPU ms/image | start-up s | stages, CPU ms/image |"]
-            lines += ["|---|---:|---:|---:|---|"]
-            lines += [_describe_rate(name, rate) for name, rate in found.rates.items()]
-            lines += ["", "| ratio | |", "|---|---:|"]
-            lines += [f"| {name} | {value:.2f} |" for name, value in found.ratios.items()]
-            lines += ["", *found.advice, ""]
+            lines += [f"### {model}", "", *_render_findings(found)]
+        for title, rows in self.tables.items():
+            lines += [f"### {title}", "", *_render_rows(rows), ""]
         return "\n".join(lines)
+
+
+def _render_findings(found: ModelFindings) -> list[str]:
+    lines = []
+    if found.rates:
+        lines += ["| what | images/s | CPU ms/image | start-up s | stages, CPU ms/image |"]
+        lines += ["|---|---:|---:|---:|---|"]
+        lines += [*(_describe_rate(name, rate) for name, rate in found.rates.items()), ""]
+    if found.ratios:
+        lines += ["| ratio | |", "|---|---:|"]
+        lines += [*(f"| {name} | {value:.2f} |" for name, value in found.ratios.items()), ""]
+    if found.scaling:
+        lines += [*_render_rows(found.scaling), ""]
+    return [*lines, *found.advice, ""]
+
+
+def _render_rows(rows: Sequence[Row]) -> list[str]:
+    """Return rows as the lines of a Markdown table; columns are those of the first row."""
+    names = list(rows[0])
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    return lines + [
+        f"| {' | '.join(_format_value(row.get(name)) for name in names)} |" for row in rows
+    ]
+
+
+def _format_value(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _describe_rate(name: str, rate: Rate) -> str:
@@ -80,7 +113,9 @@ def compare(
     """
     pairs = [
         *((name, "timm-forward") for name in rates if name.startswith("forward:")),
-        *(("host", "pillow"), ("job", "dataloader"), ("job", "ray-recipe")),
+        *(("host", "pillow"), ("host-fast", "host")),
+        *(("job", "dataloader"), ("job", "ray-recipe")),
+        *(("job-fast", "job"), ("job-decode-stage", "job")),
     ]
     ratios: dict[str, float] = {}
     for ours, theirs in pairs:
@@ -88,7 +123,11 @@ def compare(
             ratios |= _divide(ours, theirs, rates[ours], rates[theirs])
     forward, host = rates.get(f"forward:{engine}"), rates.get("host")
     if "job" in rates and forward and host:
-        ratios |= _compare_to_ceilings(rates["job"], forward, host, 0 if on_gpu else cores)
+        if on_gpu:
+            tighter = min(forward.images_per_s, rates["host-all"].images_per_s)
+            ratios["job / its tighter ceiling, images/s"] = rates["job"].images_per_s / tighter
+        else:
+            ratios |= _compare_to_ceilings(rates["job"], forward, host, cores)
     return ratios
 
 
@@ -105,12 +144,10 @@ def _compare_to_ceilings(job: Rate, forward: Rate, host: Rate, cores: int) -> di
 
     Args:
         job: The whole machine's.
-        forward: Of one core, or of the GPU where ``cores`` is 0.
+        forward: Of one core.
         host: Of one core.
         cores: Cores that share both kinds of work.
     """
-    if not cores:
-        return {"job / forward ceiling, images/s": job.images_per_s / forward.images_per_s}
     together_ms = forward.cpu_ms_per_image + host.cpu_ms_per_image
     tighter_ms = max(forward.cpu_ms_per_image, host.cpu_ms_per_image)
     together = cores / (1 / forward.images_per_s + 1 / host.images_per_s)

@@ -3,7 +3,7 @@
 import io
 import itertools
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,11 +78,18 @@ def write_samples(
     files.mkdir()
     endless = itertools.cycle(images)
     for start in range(0, number, per_shard):
-        with tarfile.open(shards / f"{start:07d}.tar", "w") as archive:
-            for index in range(start, min(start + per_shard, number)):
-                data = next(endless)
-                member = tarfile.TarInfo(f"{index:07d}.jpg")
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
-                (files / member.name).write_bytes(data)
+        names = [f"{index:07d}.jpg" for index in range(start, min(start + per_shard, number))]
+        members = list(zip(names, endless, strict=False))
+        write_shard(shards / f"{start:07d}.tar", members)
+        for name, data in members:
+            (files / name).write_bytes(data)
     return SampleSet(number, str(shards), str(files))
+
+
+def write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    """Write a tar shard of named images."""
+    with tarfile.open(path, "w") as archive:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))

@@ -1,0 +1,111 @@
+"""Whole programs over the same images, in turns: the job, its variants, its alternatives."""
+
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from pipeline.benchmark.commands import Run, run_program
+from pipeline.benchmark.rounds import Rate, summarise
+from pipeline.benchmark.samples import SampleSet
+from pipeline.benchmark.setting import JOBS, Setting, has_timm
+from pipeline.report import LOG
+
+VARIANTS = {
+    "job-fast": ["--decode", "fast"],
+    "job-decode-stage": ["--decode-stage"],
+}
+"""Variants of the job that ``measure decode`` compares with it, and their arguments."""
+
+
+def measure_programs(setting: Setting) -> tuple[dict[str, Rate], tuple[str, ...]]:
+    """Run the programs that are wanted; return their rates, and the job's own advice."""
+    programs = list_programs(setting)
+    runs: dict[str, list[Run]] = {name: [] for name in programs}
+    for index in range(setting.config.rounds):
+        order = list(programs)
+        for name in order if index % 2 == 0 else reversed(order):
+            runs[name].append(_run(name, programs[name], setting))
+    rates = {name: _summarise(found) for name, found in runs.items()}
+    return rates, tuple(_find_advice(runs.get("job", ())))
+
+
+def list_programs(setting: Setting) -> Mapping[str, Sequence[str]]:
+    """Return the programs that are wanted by name, without input and output."""
+    wanted = setting.config.measure
+    programs: dict[str, list[str]] = {}
+    if "job" in wanted or "decode" in wanted:
+        programs["job"] = make_job_command(setting)
+    if "decode" in wanted:
+        programs |= {name: [*programs["job"], *more] for name, more in VARIANTS.items()}
+    if has_timm():
+        alternatives = _list_alternatives(setting)
+        programs |= {name: alternatives[name] for name in alternatives if name in wanted}
+    return programs
+
+
+def make_job_command(setting: Setting) -> list[str]:
+    """Return the embed job with the settings of the benchmark, without input and output."""
+    config = setting.config
+    command = [str(JOBS / "embed.py"), *_name_model(setting), "--engine", config.engine[0]]
+    command += ["--image-size", config.image_size, "--precision", config.precision]
+    command += ["--decode", config.decode]
+    if config.actors:
+        command += ["--actors", str(config.actors)]
+    return command
+
+
+def _list_alternatives(setting: Setting) -> dict[str, list[str]]:
+    folder, named = JOBS / "baselines", _name_model(setting)
+    workers, actors = str(setting.cores), str(max(1, setting.cores // 2))
+    return {
+        "dataloader": [str(folder / "timm_dataloader.py"), *named, "--workers", workers],
+        "ray-recipe": [str(folder / "ray_recipe.py"), *named, "--actors", actors],
+    }
+
+
+def _name_model(setting: Setting) -> list[str]:
+    named = ["--model", setting.model, "--weights", setting.weights]
+    return [*named, "--batch-size", str(setting.batch_size)]
+
+
+def run_job(command: Sequence[str], samples: SampleSet, folder: Path) -> Run:
+    """Run the job over samples, into an output that is removed afterwards."""
+    return _run_once([*command, "--input", samples.shards], samples, folder)
+
+
+def _run_once(command: Sequence[str], samples: SampleSet, folder: Path) -> Run:
+    output = folder / f"output-{time.monotonic_ns()}"
+    run = run_program(command, images=samples.images, output=output)
+    shutil.rmtree(output, ignore_errors=True)
+    return run
+
+
+def _run(name: str, command: Sequence[str], setting: Setting) -> Run:
+    if name.startswith("job"):
+        run = run_job(command, setting.samples, setting.folder)
+    else:
+        given = [*command, "--images", setting.samples.files]
+        run = _run_once(given, setting.samples, setting.folder)
+    LOG.info(
+        "%s %s images_per_s=%.1f startup_s=%.1f",
+        setting.model,
+        name,
+        run.sample.images / run.sample.wall_s,
+        run.startup_s,
+    )
+    return run
+
+
+def _summarise(runs: Sequence[Run]) -> Rate:
+    startup_s = statistics.median(run.startup_s for run in runs)
+    return summarise([run.sample for run in runs], startup_s=startup_s)
+
+
+def _find_advice(runs: Sequence[Run]) -> Iterator[str]:
+    """Yield what the job's own report says of its last run."""
+    for run in runs[-1:]:
+        judged = json.loads(run.output.splitlines()[-1])["efficiency"]
+        yield f"{judged['reached']:.0%} of the ceiling by the job's own report; {judged['advice']}."

@@ -1,0 +1,89 @@
+"""How the job's rate changes with actors, with the number of images, and with their size."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.benchmark.commands import Run
+from pipeline.benchmark.programs import make_job_command, run_job
+from pipeline.benchmark.samples import SampleSet, draw_photograph, write_samples
+from pipeline.benchmark.setting import Setting
+from pipeline.report import LOG
+
+_ACTORS = (1, 2, 4)
+_TIMES = (1, 4, 16)
+_TINY, _HUGE = (64, 48), (4000, 3000)
+_DRAWN_IMAGES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingRow:
+    """One run of the job.
+
+    Attributes:
+        case: What is different about it.
+        actors: Number of embedder actors.
+        images: Number of images.
+        images_per_s: By the clock on the wall, start-up apart.
+        cpu_ms_per_image: CPU time of all processes, start-up apart.
+        startup_s: What the run costs apart from the rate.
+    """
+
+    case: str
+    actors: int
+    images: int
+    images_per_s: float
+    cpu_ms_per_image: float
+    startup_s: float
+
+
+def measure_scaling(setting: Setting) -> list[ScalingRow]:
+    """Run the job in every case once; ``setting.config.images`` is the number of the smallest."""
+    rows = []
+    for case, actors, samples in _list_cases(setting):
+        command = [*make_job_command(setting), *_limit_actors(actors, setting)]
+        row = _make_row(case, actors, samples, run_job(command, samples, setting.folder))
+        LOG.info("%s %s images_per_s=%.1f", setting.model, case, row.images_per_s)
+        rows.append(row)
+    return rows
+
+
+def _list_cases(setting: Setting) -> Iterator[tuple[str, int, SampleSet]]:
+    number = setting.config.images
+    most = setting.cores if setting.device == "cpu" else torch.cuda.device_count()
+    for actors in _ACTORS:
+        yield f"{actors} actors", actors, setting.samples
+    for times in _TIMES:
+        images = [draw_photograph(seed) for seed in range(_DRAWN_IMAGES)]
+        yield f"{times}x the images", most, _write(setting, f"x{times}", images, number * times)
+    for name, size in (("tiny", _TINY), ("huge", _HUGE)):
+        images = [draw_photograph(seed, size) for seed in range(_DRAWN_IMAGES)]
+        case = f"{name} images, {size[0]}x{size[1]}"
+        yield case, most, _write(setting, name, images, number)
+
+
+def _write(setting: Setting, name: str, images: Sequence[bytes], number: int) -> SampleSet:
+    per_shard = max(1, setting.config.images // (8 * setting.cores))
+    return write_samples(images, number, setting.folder / name, per_shard=per_shard)
+
+
+def _limit_actors(actors: int, setting: Setting) -> list[str]:
+    """Return the arguments for so many actors, which share devices where there are fewer."""
+    if setting.device == "cpu":
+        devices, flag = setting.cores, "--cpus-per-actor"
+    else:
+        devices, flag = torch.cuda.device_count(), "--gpus-per-actor"
+    return ["--actors", str(actors), flag, f"{min(1.0, devices / actors):g}"]
+
+
+def _make_row(case: str, actors: int, samples: SampleSet, run: Run) -> ScalingRow:
+    sample = run.sample
+    return ScalingRow(
+        case=case,
+        actors=actors,
+        images=samples.images,
+        images_per_s=sample.images / sample.wall_s,
+        cpu_ms_per_image=1e3 * sample.cpu_s / sample.images,
+        startup_s=run.startup_s,
+    )

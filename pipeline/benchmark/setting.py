@@ -1,0 +1,79 @@
+"""One backbone on one machine, ready to be measured."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.backbones import load_weights, save_weights
+from pipeline.benchmark.samples import SampleSet
+from pipeline.config import BenchmarkConfig
+from pipeline.transforms import DataConfig, resolve_data_config
+
+JOBS = Path(__file__).parents[2] / "jobs"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What every measurement with a backbone needs.
+
+    Attributes:
+        config: The settings of the benchmark.
+        model: Name of the backbone.
+        weights: Path of its checkpoint.
+        data_config: Its preprocessing.
+        device: Torch device.
+        cores: CPU cores of the machine.
+        short: Images of a short round.
+        samples: Images of a long run.
+        folder: Where outputs may be written.
+    """
+
+    config: BenchmarkConfig
+    model: str
+    weights: str
+    data_config: DataConfig
+    device: str
+    cores: int
+    short: SampleSet
+    samples: SampleSet
+    folder: Path
+
+    @property
+    def batch_size(self) -> int:
+        """Images in one forward pass."""
+        return self.config.batch_size or (16 if self.device == "cpu" else 128)
+
+
+def prepare_setting(
+    config: BenchmarkConfig, model: str, folder: Path, *, short: SampleSet, samples: SampleSet
+) -> Setting:
+    """Write the weights of a backbone and work out the rest."""
+    weights = folder / f"{model}.safetensors"
+    save_weights(load_weights(model, config.weights).state_dict, str(weights))
+    data_config = resolve_data_config(model, use_test_size=config.image_size == "test")
+    if config.image_size.isdecimal():
+        data_config = data_config.with_size(int(config.image_size))
+    return Setting(
+        config=config,
+        model=model,
+        weights=str(weights),
+        data_config=data_config,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        cores=count_cores(),
+        short=short,
+        samples=samples,
+        folder=folder,
+    )
+
+
+def count_cores() -> int:
+    """Return the CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def has_timm() -> bool:
+    """Return whether timm, which some contenders need, is installed."""
+    return importlib.util.find_spec("timm") is not None

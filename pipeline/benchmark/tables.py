@@ -1,0 +1,124 @@
+"""What is measured once for the machine, not for a backbone: as rows that print as tables."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.benchmark.findings import Row
+from pipeline.benchmark.memory import MemoryFindings, measure_memory
+from pipeline.config import BenchmarkConfig
+from pipeline.errors import AbortError
+from pipeline.index.benchmark import IndexCost, measure_index
+from pipeline.index.selection import Selection, tabulate_selection
+from pipeline.report import LOG
+
+_SIMULATED_CHUNK_S = 0.1  # 256 images at 2,500 a second
+_TAIL_CHARS = 3000
+
+
+def measure_tables(config: BenchmarkConfig, folder: Path) -> dict[str, list[Row]]:
+    """Measure what is wanted; return rows by the title of their table."""
+    tables: dict[str, list[Row]] = {}
+    for name, measure in _MEASURES.items():
+        if name in config.measure:
+            own = folder / name
+            own.mkdir()
+            tables |= measure(config, own)
+    return tables
+
+
+def _measure_memory(config: BenchmarkConfig, folder: Path) -> dict[str, list[Row]]:
+    found = measure_memory(folder, scale=config.memory_scale)
+    return {"Memory of the embed job": [_describe_memory(case) for case in found]}
+
+
+def _describe_memory(found: MemoryFindings) -> Row:
+    peak_mb = {kind: round(nbytes / 1e6) for kind, nbytes in found.peak_bytes.items()}
+    return {
+        "input": found.case,
+        "images": found.images,
+        "shards": found.shards,
+        "input MB": round(found.input_bytes / 1e6, 1),
+        "rows": _join(found.rows.items()),
+        "images/s": found.images_per_s,
+        "driver MB": peak_mb.get("driver"),
+        "actor MB": peak_mb.get("actor"),
+        "read worker MB": peak_mb.get("task"),
+    }
+
+
+def _measure_index(config: BenchmarkConfig, folder: Path) -> dict[str, list[Row]]:
+    costs: list[IndexCost] = []
+    for rows in config.index_rows:
+        LOG.info("index rows=%d dim=%d kinds=%s", rows, config.index_dim, config.index_kind)
+        costs += measure_index(rows, config.index_dim, folder=folder, kinds=config.index_kind)
+    return {
+        "Index": [_describe_index(cost) for cost in costs],
+        "What --kind auto chooses": [_describe_choice(choice) for choice in tabulate_selection()],
+    }
+
+
+def _describe_index(cost: IndexCost) -> Row:
+    recall = {f"recall@{k}": _describe_recall(found) for k, found in cost.recall_at.items()}
+    return {
+        "vectors": cost.rows,
+        "kind": cost.kind,
+        "search": _join(cost.params.items()),
+        **recall,
+        "search p50 ms": cost.search.p50_ms,
+        "search p99 ms": cost.search.p99_ms,
+        "lookup p50 ms": cost.lookup.p50_ms,
+        "build CPU s": cost.build_cpu_s,
+        "CPU s per million": cost.build_cpu_s_per_million,
+        "peak GB": cost.peak_bytes / 1e9,
+        "size MB": cost.size_bytes / 1e6,
+        "night MB": cost.night_bytes / 1e6,
+        "night CPU s": cost.night_cpu_s,
+    }
+
+
+def _describe_choice(choice: Selection) -> Row:
+    return {
+        "vectors": choice.rows,
+        "dim": choice.dim,
+        "memory budget GB": choice.memory_budget_bytes / 1e9,
+        "kind": choice.kind,
+        "in memory GB": choice.memory_bytes / 1e9,
+        "reason": choice.reason,
+    }
+
+
+def _describe_recall(found: Mapping[str, float]) -> str:
+    return f"{found['value']:.3f} ({found['low']:.3f}-{found['high']:.3f})"
+
+
+def _simulate(config: BenchmarkConfig, _: Path) -> dict[str, list[Row]]:
+    """Simulate in a process of its own, whose Ray is a cluster of many nodes."""
+    simulation = {
+        "shards": config.simulated_shards,
+        "actors": config.simulated_actors,
+        "chunk_s": _SIMULATED_CHUNK_S,
+    }
+    ended = subprocess.run(
+        [sys.executable, "-m", "pipeline.benchmark.simulation", json.dumps(simulation)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if ended.returncode:
+        raise AbortError(f"the simulation failed: {ended.stderr[-_TAIL_CHARS:].strip()}")
+    return {"Simulation": [simulation | json.loads(ended.stdout.splitlines()[-1])]}
+
+
+_MEASURES: Mapping[str, Callable[[BenchmarkConfig, Path], dict[str, list[Row]]]] = {
+    "memory": _measure_memory,
+    "index": _measure_index,
+    "simulation": _simulate,
+}
+
+
+def _join(pairs: Iterable[tuple[str, Any]]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in pairs)
