@@ -124,9 +124,9 @@ class Embedder:
     ) -> None:
         self.space = space
         self.options = options or EmbedderOptions()
-        self.batch_size = self.options.batch_size
-        self.num_oom_halvings = 0
         self._engine, self.deviation = self._build_engine(weights, storage)
+        self.batch_size = self._engine.batch_size
+        self.num_oom_halvings = 0
         self._crops = make_crop_maker(space, self.options)
         self._lock = threading.Lock()
         self._spare: list[Pixels] = []

@@ -155,7 +155,7 @@ def build_engine(backbone: nn.Module, data_config: DataConfig, options: EngineOp
 
     Raises:
         SettingsError: The engine is not installed, or cannot do the device or the precision.
-        torch.OutOfMemoryError: A full batch does not fit the device.
+        torch.OutOfMemoryError: One image does not fit the device.
     """
     check_engine_options(options)
     if options.threads is not None:
@@ -169,9 +169,27 @@ def build_engine(backbone: nn.Module, data_config: DataConfig, options: EngineOp
     size = data_config.image_size
     if options.name == "openvino":
         return OpenVinoEngine(network, size, options)
-    return (
-        CpuEngine(network, size, options) if options.on_cpu else GpuEngine(network, size, options)
-    )
+    if options.on_cpu:
+        return CpuEngine(network, size, options)
+    engine = GpuEngine(network, size, options)
+    warm_up(engine)
+    return engine
+
+
+def warm_up(engine: Engine) -> None:
+    """Run a full batch, so that nothing is compiled later; halve it until it fits the device.
+
+    Raises:
+        torch.OutOfMemoryError: One image does not fit the device.
+    """
+    while True:
+        try:
+            engine.submit(engine.allocate())()
+            return
+        except torch.OutOfMemoryError:
+            if engine.batch_size == 1:
+                raise
+            engine.shrink((engine.batch_size + 1) // 2)
 
 
 def check_engine_options(options: EngineOptions) -> None:
@@ -309,7 +327,6 @@ class GpuEngine:
         if options.name == "torch-compile":
             self._call = torch.compile(self._call, dynamic=False)
         self._copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self.submit(self.allocate())()
 
     def allocate(self) -> Pixels:
         """Return a zeroed buffer for one batch, in pinned memory."""

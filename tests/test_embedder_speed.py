@@ -17,7 +17,7 @@ from pipeline.backbones import load_weights, save_weights, weights_digest
 from pipeline.config import EmbedConfig
 from pipeline.crops import HostCropMaker, pack_crops, unpack_crops
 from pipeline.embedder import Embedder, EmbedderOptions
-from pipeline.engines import Engine, Forwarded, Pixels
+from pipeline.engines import Engine, Forwarded, Pixels, warm_up
 from pipeline.errors import SettingsError
 from pipeline.gpudecode import GpuCropMaker, find_gpu_decoder_version
 from pipeline.images import ImageLimits
@@ -84,7 +84,7 @@ class SmallMemory:
         self.sizes: list[int] = []
 
     def allocate(self) -> Pixels:
-        return self._engine.allocate()
+        return self._engine.allocate()[: self.batch_size]
 
     def submit(self, pixels: Pixels) -> Callable[[], Forwarded]:
         if len(pixels) > self.fits:
@@ -112,6 +112,14 @@ def test_when_memory_runs_out_batches_shrink_for_good_and_no_image_is_lost(
         stack(found), stack(embedder.embed(records).embeddings), rtol=1e-3, atol=1e-4
     )
     small.close()
+
+
+def test_a_device_too_small_for_the_first_batch_starts_with_a_smaller_one(embedder: Embedder):
+    engine = SmallMemory(embedder._engine, fits=3)
+    warm_up(engine)
+    assert engine.sizes == [engine.batch_size] == [2]
+    with pytest.raises(torch.OutOfMemoryError):
+        warm_up(SmallMemory(embedder._engine, fits=0))
 
 
 def test_one_image_that_does_not_fit_ends_the_run(space: Space, weights: Path):
