@@ -1,6 +1,7 @@
 """An opened generation: its segments searched as one, safe for many threads."""
 
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -10,11 +11,15 @@ from pipeline.errors import CorruptionError
 from pipeline.index.codec import Codec
 from pipeline.index.engine import Floats, Rows
 from pipeline.index.files import FileStore
+from pipeline.index.keys import choose_similar
 from pipeline.index.manifest import Manifest, SearchParams
 from pipeline.index.opened import Mask, Request, Segment
 from pipeline.index.projection import read_map
 from pipeline.index.rows import read_bits
 from pipeline.index.segments import open_codec
+
+MAX_CANDIDATES = 32
+"""Keys that an unknown one is compared with, letter by letter."""
 
 
 class Generation:
@@ -53,7 +58,7 @@ class Generation:
     @property
     def columns(self) -> pa.Schema:
         """Stored columns but the vector."""
-        return self.segments[0].columns
+        return self.segments[0].keys.schema
 
     def search(
         self,
@@ -133,7 +138,7 @@ class Generation:
         """
         masks: list[Mask | None] = []
         for segment, live in zip(self.segments, self.live, strict=True):
-            kept = segment.filter_rows(where)
+            kept = segment.keys.filter_rows(where)
             flags = kept if live is None else kept & live.flags
             masks.append(Mask.from_flags(flags, chosen=True))
         return masks
@@ -141,20 +146,20 @@ class Generation:
     def find(self, key: str) -> tuple[int, int] | None:
         """Return segment number and row of a live key, or None."""
         for number, (segment, live) in enumerate(zip(self.segments, self.live, strict=True)):
-            row, _ = segment.find_row(key)
+            row = segment.keys.find_row(key)
             if row is not None and _is_live(live, row):
                 return number, row
         return None
 
     def suggest(self, key: str) -> list[str]:
-        """Return live keys that resemble an unknown one."""
-        near: list[str] = []
-        for segment, live in zip(self.segments, self.live, strict=True):
-            for candidate in segment.find_row(key)[1]:
-                row, _ = segment.find_row(candidate)
-                if row is not None and _is_live(live, row):
-                    near.append(candidate)
-        return near
+        """Return live keys that resemble an unknown one, the most similar first."""
+        candidates = (
+            segment.keys.read_key(row)
+            for segment, live in zip(self.segments, self.live, strict=True)
+            for row in segment.keys.find_similar(key)
+            if _is_live(live, row)
+        )
+        return choose_similar(key, islice(candidates, MAX_CANDIDATES))
 
 
 def _is_live(mask: Mask | None, row: int) -> bool:

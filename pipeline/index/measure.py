@@ -136,7 +136,7 @@ def measure_segment(task: MeasureTask) -> SegmentMeasure:
 
 
 def _find_own(segment: Segment, key: str) -> int:
-    row, _ = segment.find_row(key)
+    row = segment.keys.find_row(key)
     return -1 if row is None else row
 
 

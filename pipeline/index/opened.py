@@ -1,21 +1,16 @@
 """An opened segment: immutable, safe to search from many threads."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.dataset as ds
-import pyarrow.ipc
-import pyarrow.parquet as pq
 
-from pipeline.errors import CorruptionError, QueryError
+from pipeline.errors import CorruptionError
 from pipeline.index import engine
 from pipeline.index.codec import Codec
 from pipeline.index.engine import Bits, Floats, Rows
 from pipeline.index.files import FileStore
+from pipeline.index.keys import Keys
 from pipeline.index.manifest import SearchParams, SegmentInfo
 from pipeline.index.rows import open_vectors
 from pipeline.storage import join_uri
@@ -32,8 +27,6 @@ RANKED_QUERIES = 16
 OVERFETCH = 4
 """Candidates for every neighbour, at least: of 100 nearest, the best 128 codes miss a fifth."""
 MAX_OVERFETCH = 16_384
-MAPPED_KEYS_ROWS = 200_000
-"""Longer key tables are mapped from the cache directory rather than held in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +75,8 @@ class Segment:
 
     Attributes:
         info: What the manifest says.
-        live: Which rows are not deleted; None if all are live.
+        codec: What it shares with the other segments of its generation.
+        keys: What is known of its rows besides their vectors.
     """
 
     def __init__(self, info: SegmentInfo, codec: Codec, files: FileStore) -> None:
@@ -99,19 +93,7 @@ class Segment:
         codec.attach(index)
         self._index = index
         self._vectors = open_vectors(files.fetch(info.files["vectors"]), info, codec.dim)
-        self._keys = open_keys(info, files)
-        self._columns = dict(zip(self._keys.column_names, self._keys.columns, strict=True))
-        self._order = np.memmap(files.fetch(info.files["order"]), np.uint32, "r")
-        if not len(self._keys) == len(self._order) == info.rows:
-            raise CorruptionError(
-                f"segment {info.id} of {files.index} has {len(self._keys)} keys for "
-                f"{info.rows} rows"
-            )
-
-    @property
-    def columns(self) -> pa.Schema:
-        """Stored columns but the vector."""
-        return self._keys.schema
+        self.keys = Keys(info, files)
 
     def search(self, request: Request, mask: Mask | None) -> tuple[Floats, Rows]:
         """Return the cosines and rows of the nearest rows, best first.
@@ -201,45 +183,6 @@ class Segment:
         """Return stored unit vectors, float32 (n, dim)."""
         return np.asarray(self._vectors[rows], np.float32)
 
-    def read_row(self, row: int) -> dict[str, Any]:
-        """Return key, shard, position and carried columns of a row."""
-        # For the few rows that a search finds, half the time of taking a table.
-        return {name: column[row].as_py() for name, column in self._columns.items()}
-
-    def find_row(self, key: str) -> tuple[int | None, list[str]]:
-        """Return the row of ``key``, deleted or not, and the keys next to it in order."""
-        low, high = 0, self.info.rows
-        while low < high:
-            middle = (low + high) // 2
-            if self._read_key(middle) < key:
-                low = middle + 1
-            else:
-                high = middle
-        if low < self.info.rows and self._read_key(low) == key:
-            return int(self._order[low]), []
-        span = range(max(0, low - 3), min(self.info.rows, low + 3))
-        return None, [self._read_key(position) for position in span]
-
-    def _read_key(self, position: int) -> str:
-        return str(self._columns["key"][int(self._order[position])])
-
-    def filter_rows(self, where: ds.Expression) -> npt.NDArray[np.bool_]:
-        """Return which rows a filter over the key columns keeps.
-
-        Raises:
-            QueryError: It names a column that is not there, or compares what cannot be compared.
-        """
-        try:
-            scanner = ds.dataset(self._keys).scanner(columns={"kept": where})
-            kept = scanner.to_table().column("kept")
-        except (pa.ArrowException, KeyError) as error:
-            reason = str(error).split(" in key: ")[0]
-            columns = ", ".join(self._keys.column_names)
-            raise QueryError(f"cannot filter by {where}: {reason}; columns: {columns}") from error
-        if not pa.types.is_boolean(kept.type):
-            raise QueryError(f"the filter {where} is no condition; compare a column with a value")
-        return kept.fill_null(False).to_numpy().astype(bool)  # type: ignore[no-any-return]
-
 
 def empty_result(count: int) -> tuple[Floats, Rows]:
     """Return scores and rows of nothing, (count, 0) each."""
@@ -250,30 +193,3 @@ def keep_best(scores: Floats, rows: Rows, k: int) -> tuple[Floats, Rows]:
     """Return the ``k`` best columns of each line, best first, ties in the order given."""
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
-
-
-def open_keys(info: SegmentInfo, files: FileStore) -> pa.Table:
-    """Return a segment's keys in one chunk; mapped from the cache directory where long."""
-    source = files.fetch(info.files["keys"])
-    if info.rows < MAPPED_KEYS_ROWS:
-        return _read_keys(source)
-    path = files.cache_dir / "keys" / f"{info.files['keys'].sha256}.arrow"
-    if not path.exists():
-        _write_arrow(_read_keys(source), path)
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-
-
-def _read_keys(path: Path) -> pa.Table:
-    table = pq.ParquetFile(path).read()
-    names = table.schema.get_field_index("key")
-    keys = table.column("key").cast(pa.large_string())  # one chunk may exceed 2 GiB
-    named = table.set_column(names, "key", keys).replace_schema_metadata(None)
-    return named.combine_chunks()
-
-
-def _write_arrow(table: pa.Table, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{np.random.default_rng().integers(1 << 62):x}.partial")
-    with pa.ipc.new_file(partial, table.schema) as writer:
-        writer.write_table(table)
-    partial.replace(path)

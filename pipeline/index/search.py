@@ -130,7 +130,7 @@ class Snapshot:
         found = self.opened.find(key)
         if found is None:
             near = self.opened.suggest(key)[:SUGGESTIONS]
-            hint = f"; the nearest are {', '.join(map(repr, near))}" if near else ""
+            hint = f"; similar keys: {', '.join(map(repr, near))}" if near else ""
             raise UnknownKeyError(f"no image with the key {key!r} in {self.info.uri!r}{hint}")
         return found
 
@@ -150,7 +150,7 @@ class Snapshot:
         segments = self.opened.segments
         return [
             [
-                make_neighbour(score, segments[number].read_row(row))
+                make_neighbour(score, segments[number].keys.read_row(row))
                 for score, number, row in zip(*line, strict=True)
                 if math.isfinite(score)
             ]

@@ -153,12 +153,28 @@ def test_a_sample_has_no_repetition_and_no_deleted_row(built_flat: Built):
     assert sorted(keys_of(sample)) == sorted(built_flat.corpus.vectors)
 
 
-def test_an_unknown_key_names_the_nearest(built_flat: Built):
-    index = SearchIndex.open(built_flat.index)
-    with pytest.raises(
-        UnknownKeyError, match=r"no image with the key .*000123.*the nearest are .*00012"
-    ):
-        index.vector("shard-000.tar/000123.jpeg")
+@pytest.mark.parametrize(
+    ("key", "similar"),
+    [
+        ("shard-000.tar/000123.jpeg", r"similar keys: 'shard-000.tar/000123.jpg', "),
+        ("000123.jpg", r"similar keys: 'shard-00\d.tar/000123.jpg', "),
+        ("elsewhere/shard-9.tar/000017.jpg", r"similar keys: 'shard-00\d.tar/000017.jpg', "),
+        ("shrad-002.tar/000017.jpg", r"similar keys: 'shard-00\d.tar/000017.jpg', "),
+        ("something of quite another kind", r"no image with the key '[a-z ]+' in '[^;]*'$"),
+        ("x" * 100_000, "no image with the key"),
+        ("", "no image with the key ''"),
+    ],
+)
+def test_an_unknown_key_names_similar_ones(built_flat: Built, key, similar):
+    with pytest.raises(UnknownKeyError, match=similar):
+        SearchIndex.open(built_flat.index).vector(key)
+
+
+def test_a_deleted_key_is_not_suggested(built_flat: Built):
+    with pytest.raises(UnknownKeyError) as caught:
+        SearchIndex.open(built_flat.index).vector("shard-001.tar/000050.jpg")
+    assert str(caught.value).count("shard-001.tar/000050.jpg") == 1
+    assert "/000050.jpg'," in str(caught.value)  # of another shard
 
 
 @pytest.mark.parametrize(
