@@ -418,6 +418,7 @@ Measure = Literal[
     "dataloader",
     "ray-recipe",
     "decode",
+    "overlap",
     "scaling",
     "memory",
     "index",
@@ -434,9 +435,10 @@ class BenchmarkConfig:
     measure: tuple[Measure, ...] = ("forward", "host", "job", "dataloader", "ray-recipe")
     """forward: the forward pass alone; host: all but that; job: the embed job; dataloader and
     ray-recipe: what else one would write (these, and timm's forward pass, need timm); decode: the
-    job with faster decoding and with a decode stage; scaling: the job with other numbers of actors
-    and images; memory: the job over inputs hard on memory; index: indexes of synthetic vectors;
-    simulation: the driver on a large cluster."""
+    job with faster decoding and with a decode stage; overlap: an actor beside a device that needs
+    no CPU; scaling: the job with other numbers of actors and images; memory: the job over inputs
+    hard on memory; index: indexes of synthetic vectors; simulation: the driver on a large
+    cluster."""
     input: tuple[str, ...] = ()
     """Prefixes, objects or folders to take images from; drawn photographs otherwise."""
     images: int = 256

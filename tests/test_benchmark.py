@@ -3,8 +3,6 @@
 import io
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +13,13 @@ from pictures import make_jpeg, write_tar
 from PIL import Image
 
 from jobs.benchmark import main
-from pipeline.benchmark.commands import ProcessWatch, parse_marks, read_marks, run_program
+from pipeline.benchmark.commands import (
+    ProcessWatch,
+    parse_marks,
+    read_marks,
+    run_module,
+    run_program,
+)
 from pipeline.benchmark.findings import BenchmarkReport, ModelFindings, compare
 from pipeline.benchmark.rounds import Contender, Rate, Sample, summarise, take_turns
 from pipeline.benchmark.samples import collect_images, draw_photograph, write_samples
@@ -239,13 +243,14 @@ def test_the_benchmark_measures_variants_and_scaling_of_the_job(tmp_path: Path):
     found = json.loads(output.read_text())["models"]["ese_vovnet19b_dw.ra_in1k"]
     assert {"job", "job-fast", "job-decode-stage"} <= set(found["rates"])
     assert "job-fast / job, CPU time" in found["ratios"]
-    assert [row["case"] for row in found["scaling"]][:4] == [
+    scaling = found["tables"]["Scaling"]
+    assert [row["case"] for row in scaling][:4] == [
         "1 actors",
         "2 actors",
         "4 actors",
         "1x the images",
     ]
-    assert all(row["images_per_s"] > 0 for row in found["scaling"])
+    assert all(row["images_per_s"] > 0 for row in scaling)
 
 
 def test_the_benchmark_measures_indexes_and_says_what_would_be_chosen(tmp_path: Path):
@@ -258,12 +263,24 @@ def test_the_benchmark_measures_indexes_and_says_what_would_be_chosen(tmp_path: 
     assert {row["kind"] for row in tables["What --kind auto chooses"]} >= {"flat", "rabitq"}
 
 
+def test_a_profile_says_how_busy_a_device_was_kept(tmp_path: Path):
+    write_samples([draw_photograph(0)], 192, tmp_path / "samples", per_shard=64)
+    spec = {"model": "ese_vovnet19b_dw.ra_in1k", "weights": "random:0", "cores": 1}
+    shards = str(tmp_path / "samples" / "shards")
+    found = run_module("pipeline.benchmark.overlap", spec | {"shards": shards})
+    assert found["images"] == 192
+    assert 0 < found["device_busy"] < 1
+    assert found["wall_ms"] > found["device_ms"] > 0
+
+
+def test_a_module_that_fails_says_why():
+    with pytest.raises(AbortError, match=r"overlap ended with exit code 1: (?s:.*)KeyError"):
+        run_module("pipeline.benchmark.overlap", {})
+
+
 def test_a_simulated_cluster_with_gpus_commits_every_shard_once():
     simulation = {"shards": 40, "actors": 2, "chunk_s": 0.01}
-    command = [sys.executable, "-m", "pipeline.benchmark.simulation", json.dumps(simulation)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    found = json.loads(ended.stdout.splitlines()[-1])
+    found = run_module("pipeline.benchmark.simulation", simulation)
     assert found["rows"] == 40
     assert found["chunks_per_s"] > 0
     assert found["driver_cpu_ms"] > 0

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from pipeline.backbones import list_backbones
-from pipeline.benchmark.findings import BenchmarkReport, ModelFindings, compare
+from pipeline.benchmark.findings import BenchmarkReport, ModelFindings, Row, compare
+from pipeline.benchmark.overlap import profile_overlap
 from pipeline.benchmark.programs import measure_programs
 from pipeline.benchmark.rounds import Contender, Rate, summarise, take_turns
 from pipeline.benchmark.samples import collect_images, write_samples
@@ -28,7 +29,7 @@ from pipeline.report import LOG
 from pipeline.storage import Storage
 
 _ROUND_IMAGES = 128  # most images in a round of what is measured in a process of its own
-_PER_MODEL = ("forward", "host", "job", "dataloader", "ray-recipe", "decode", "scaling")
+_PER_MODEL = ("forward", "host", "job", "dataloader", "ray-recipe", "decode", "overlap", "scaling")
 _LOADS_PER_CORE = 8  # so that a program's marks of progress are many
 
 
@@ -82,8 +83,12 @@ def _measure(setting: Setting) -> ModelFindings:
         cores=setting.cores,
         on_gpu=setting.device != "cpu",
     )
-    scaling = measure_scaling(setting) if "scaling" in wanted else []
-    return ModelFindings(rates, ratios, advice, [asdict(row) for row in scaling])
+    tables: dict[str, list[Row]] = {}
+    if "overlap" in wanted:
+        tables["One actor beside a device of its speed"] = [profile_overlap(setting)]
+    if "scaling" in wanted:
+        tables["Scaling"] = [asdict(row) for row in measure_scaling(setting)]
+    return ModelFindings(rates, ratios, advice, tables)
 
 
 def _measure_rounds(contenders: Mapping[str, Contender], setting: Setting) -> dict[str, Rate]:

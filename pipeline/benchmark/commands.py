@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -90,6 +91,23 @@ def run_program(
     sample = take_sample(marks, watch)
     startup_s = marks[-1][0] - started_s - images * sample.wall_s / sample.images
     return Run(sample, startup_s, said, watch.peak_bytes)
+
+
+def run_module(module: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a module of ours with a specification; return the JSON of the last line it prints.
+
+    Raises:
+        AbortError: It failed; the end of what it said is in the message.
+    """
+    command = [sys.executable, "-m", module, json.dumps(spec)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise AbortError(
+            f"{module} ended with exit code {ended.returncode}: "
+            f"{ended.stderr[-_TAIL_CHARS:].strip()}"
+        )
+    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return found
 
 
 def read_marks(folder: Path) -> Marks:

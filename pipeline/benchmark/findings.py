@@ -19,13 +19,13 @@ class ModelFindings:
             is of all cores; ``job`` and the whole programs are of the machine.
         ratios: Named quotients, each of figures measured in turns; above 1 the first is faster.
         advice: Sentences on what binds.
-        scaling: The job with other numbers of actors, and other numbers and sizes of images.
+        tables: What else was measured, by title.
     """
 
     rates: Mapping[str, Rate]
     ratios: Mapping[str, float]
     advice: tuple[str, ...] = ()
-    scaling: Sequence[Row] = ()
+    tables: Mapping[str, Sequence[Row]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,7 @@ class BenchmarkReport:
         lines = [", ".join(f"{key} {value}" for key, value in self.machine.items()), ""]
         for model, found in self.models.items():
             lines += [f"### {model}", "", *_render_findings(found)]
-        for title, rows in self.tables.items():
-            lines += [f"### {title}", "", *_render_rows(rows), ""]
+        lines += _render_tables(self.tables)
         return "\n".join(lines)
 
 
@@ -67,9 +66,15 @@ def _render_findings(found: ModelFindings) -> list[str]:
     if found.ratios:
         lines += ["| ratio | |", "|---|---:|"]
         lines += [*(f"| {name} | {value:.2f} |" for name, value in found.ratios.items()), ""]
-    if found.scaling:
-        lines += [*_render_rows(found.scaling), ""]
-    return [*lines, *found.advice, ""]
+    return [*lines, *found.advice, "", *_render_tables(found.tables)]
+
+
+def _render_tables(tables: Mapping[str, Sequence[Row]]) -> list[str]:
+    return [
+        line
+        for title, rows in tables.items()
+        for line in (f"### {title}", "", *_render_rows(rows), "")
+    ]
 
 
 def _render_rows(rows: Sequence[Row]) -> list[str]:

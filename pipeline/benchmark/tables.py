@@ -1,22 +1,18 @@
 """What is measured once for the machine, not for a backbone: as rows that print as tables."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.benchmark.commands import run_module
 from pipeline.benchmark.findings import Row
 from pipeline.benchmark.memory import MemoryFindings, measure_memory
 from pipeline.config import BenchmarkConfig
-from pipeline.errors import AbortError
 from pipeline.index.benchmark import IndexCost, measure_index
 from pipeline.index.selection import Selection, tabulate_selection
 from pipeline.report import LOG
 
 _SIMULATED_CHUNK_S = 0.1  # 256 images at 2,500 a second
-_TAIL_CHARS = 3000
 
 
 def measure_tables(config: BenchmarkConfig, folder: Path) -> dict[str, list[Row]]:
@@ -102,15 +98,7 @@ def _simulate(config: BenchmarkConfig, _: Path) -> dict[str, list[Row]]:
         "actors": config.simulated_actors,
         "chunk_s": _SIMULATED_CHUNK_S,
     }
-    ended = subprocess.run(
-        [sys.executable, "-m", "pipeline.benchmark.simulation", json.dumps(simulation)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if ended.returncode:
-        raise AbortError(f"the simulation failed: {ended.stderr[-_TAIL_CHARS:].strip()}")
-    return {"Simulation": [simulation | json.loads(ended.stdout.splitlines()[-1])]}
+    return {"Simulation": [simulation | run_module("pipeline.benchmark.simulation", simulation)]}
 
 
 _MEASURES: Mapping[str, Callable[[BenchmarkConfig, Path], dict[str, list[Row]]]] = {

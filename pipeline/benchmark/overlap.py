@@ -1,0 +1,172 @@
+"""Whether decoding, forward passes and writing go on at once: a profile of one embedder actor.
+
+A device that waits as long as a GPU would take stands in for the GPU; the actor, its threads, the
+images and the parts are real. Where the cores could decode faster than the device computes, the
+device should never have to wait for them.
+
+    python -m pipeline.benchmark.overlap '{"model": …}'
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.actors import EmbedActor, make_flow_settings
+from pipeline.benchmark.commands import run_module
+from pipeline.benchmark.setting import Setting
+from pipeline.config import EmbedConfig
+from pipeline.engines import Forwarded, Pixels
+from pipeline.loads import LoadBounds, read_loads
+from pipeline.outputs import describe_output, make_output
+from pipeline.receipts import unpack_receipts
+from pipeline.resources import Resources
+from pipeline.shards import list_sources, plan_shards
+from pipeline.storage import Storage
+
+_CALLS = 2  # as many loads are in an actor with a GPU at once
+_SLOWER = 1.15  # the device takes so much longer for an image than all cores together
+
+
+@dataclass(frozen=True, slots=True)
+class OverlapFindings:
+    """The profile of one actor; times are of one image.
+
+    Attributes:
+        images: Number of images.
+        host_ms: CPU time to decode and transform, shared by ``cores``.
+        device_ms: Time that the device takes.
+        write_ms: Time to write its row.
+        wall_ms: Time that all of it took.
+        one_after_another_ms: What it would take if nothing overlapped.
+        device_busy: Share of the time in which the device computed.
+    """
+
+    images: int
+    host_ms: float
+    device_ms: float
+    write_ms: float
+    wall_ms: float
+    one_after_another_ms: float
+    device_busy: float
+
+
+class _Device:
+    """An engine that computes nothing, on time; takes one batch after the other, as a GPU does."""
+
+    depth = 1
+
+    def __init__(self, image_size: int, dim: int, *, batch_size: int, image_s: float) -> None:
+        self.batch_size = batch_size
+        self.busy_s = 0.0
+        self._shape = (batch_size, image_size, image_size, 3)
+        self._dim = dim
+        self._image_s = image_s
+        self._queue = ThreadPoolExecutor(1, "device")
+
+    def allocate(self) -> Pixels:
+        return np.zeros(self._shape, np.uint8)
+
+    def submit(self, pixels: Pixels) -> Callable[[], Forwarded]:
+        return self._queue.submit(self._compute, len(pixels)).result
+
+    def shrink(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+
+    def _compute(self, images: int) -> Forwarded:
+        seconds = images * self._image_s
+        time.sleep(seconds)
+        self.busy_s += seconds
+        return Forwarded(np.ones((images, self._dim), np.float32), seconds=seconds)
+
+
+def profile_overlap(setting: Setting) -> Mapping[str, Any]:
+    """Measure in a process of its own, over the images of a long run; return the findings."""
+    spec = {
+        "model": setting.model,
+        "weights": setting.weights,
+        "shards": setting.samples.shards,
+        "cores": setting.cores,
+    }
+    found: Mapping[str, Any] = run_module("pipeline.benchmark.overlap", spec)
+    return found
+
+
+def measure_overlap(spec: Mapping[str, Any], folder: Path) -> OverlapFindings:
+    """Embed the images of ``spec["shards"]`` twice: to time the host's share, then with a device.
+
+    Args:
+        spec: ``model``, ``weights``, ``shards``, ``cores``.
+        folder: An empty folder.
+    """
+    actor, loads = _prepare(spec, folder)
+    images, host_s, _, _ = _run(actor, loads, image_s=0.0)
+    image_s = _SLOWER * host_s / images / spec["cores"]
+    images, host_s, write_s, (wall_s, busy_s) = _run(actor, loads, image_s=image_s)
+    ms = 1e3 / images
+    return OverlapFindings(
+        images=images,
+        host_ms=ms * host_s,
+        device_ms=1e3 * image_s,
+        write_ms=ms * write_s,
+        wall_ms=ms * wall_s,
+        one_after_another_ms=ms * (host_s / spec["cores"] + busy_s + write_s),
+        device_busy=busy_s / wall_s,
+    )
+
+
+def _prepare(spec: Mapping[str, Any], folder: Path) -> tuple[EmbedActor, list[pa.Table]]:
+    config = EmbedConfig(
+        input=(spec["shards"],),
+        output=str(folder / "output"),
+        model=spec["model"],
+        weights=spec["weights"],
+        batch_size=32,
+        chunk_images=64,
+    )
+    storage = Storage()
+    listing = list_sources(config.input, "auto", storage)
+    info = make_output(config, *describe_output(config, storage), listing, storage)
+    plan = plan_shards(listing, space_id=info.space.id, layout=info.layout, commits={}, retired={})
+    resources = Resources(actors=1, cpus=spec["cores"], gpus=0.0)
+    settings = make_flow_settings(config, info, resources, run_id="overlap")
+    bounds = LoadBounds(config.chunk_images, 2**30)
+    loads = read_loads(plan.embed, storage=storage, options=settings.read, bounds=bounds)
+    return EmbedActor(settings), list(loads)
+
+
+def _run(
+    actor: EmbedActor, loads: list[pa.Table], *, image_s: float
+) -> tuple[int, float, float, tuple[float, float]]:
+    """Return images, host and write seconds, and how long it took and the device was busy."""
+    embedder = actor._embedder
+    space = embedder.space
+    device = _Device(space.image_size, space.dim, batch_size=embedder.batch_size, image_s=image_s)
+    embedder._engine = device
+    start_s = time.perf_counter()
+    with ThreadPoolExecutor(_CALLS) as calls:
+        receipts = [r for batch in calls.map(actor, loads) for r in unpack_receipts(batch)]
+    wall_s = time.perf_counter() - start_s
+    seconds = [receipt.seconds for receipt in receipts]
+    host_s = sum(s.get("decode", 0.0) + s.get("transform", 0.0) for s in seconds)
+    write_s = sum(s.get("write", 0.0) for s in seconds)
+    return sum(r.num_records for r in receipts), host_s, write_s, (wall_s, device.busy_s)
+
+
+def main() -> None:
+    """Measure what the command line specifies; print the findings as JSON on the last line."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure_overlap(json.loads(sys.argv[1]), Path(folder))
+    print(json.dumps(asdict(found)))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
