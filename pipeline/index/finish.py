@@ -182,7 +182,7 @@ def list_gates(build: Build, draft: Draft, *, manifest: Manifest, measured: Meas
         check_files(build.files, kept),
         check_rows(manifest.rows, manifest.skipped, build.source.ok_rows),
         check_row_drop(before, manifest.rows, config.max_row_drop),
-        check_keys(build.files, manifest.segments, manifest.tombstones),
+        check_keys(build.files, manifest.segments, manifest.tombstones, new=new),
         check_self_hits(measured),
         check_recall(measured, config.target_recall),
     ]

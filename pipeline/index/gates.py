@@ -1,6 +1,8 @@
 """What has to hold before a generation may be published."""
 
-from collections.abc import Mapping, Sequence
+import logging
+import math
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -14,9 +16,13 @@ from pipeline.index.measure import Measured
 from pipeline.index.rows import read_bits
 from pipeline.storage import join_uri
 
+LOG = logging.getLogger("pipeline.index")
+
 MIN_SELF_HITS = 0.99
-MAX_COMPARED_ROWS = 5_000_000
-"""Keys of more rows are compared within their segment only: this has to fit into one process."""
+COMPARED_ROWS = 2_000_000
+"""Keys of each of two segments that are held at once, which takes about 200 MB."""
+MAX_READ_ROWS = 500_000_000
+"""Keys that are read to compare segments, some several times; these take minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,35 +95,66 @@ def check_files(files: FileStore, segments: Sequence[SegmentInfo]) -> Gate:
 
 
 def check_keys(
-    files: FileStore, segments: Sequence[SegmentInfo], tombstones: Mapping[str, Tombstones]
+    files: FileStore,
+    segments: Sequence[SegmentInfo],
+    tombstones: Mapping[str, Tombstones],
+    *,
+    new: Container[str],
 ) -> Gate:
-    """No key is live in two segments; within one, building it has made sure."""
-    overlapping = [
-        segment
-        for segment in segments
-        if any(_overlap(segment, other) for other in segments if other.id != segment.id)
+    """No key of a new segment is live in another; those taken over were compared when new.
+
+    Within one segment, building it has made sure. Memory is bounded, whatever the rows; where
+    reading them would take too long, nothing is compared, and the log says so.
+    """
+    pairs = [
+        (one, other)
+        for number, one in enumerate(segments)
+        for place, other in enumerate(segments)
+        if one.id in new and (other.id not in new or place < number) and _overlap(one, other)
     ]
-    rows = sum(segment.rows for segment in overlapping)
-    if rows > MAX_COMPARED_ROWS:
-        return Gate("keys", True, f"not compared between segments: {rows:,} rows")
-    live = [_read_live_keys(files, segment, tombstones.get(segment.id)) for segment in overlapping]
-    keys = pa.chunked_array(live, pa.large_string()) if live else pa.chunked_array([[""]])
-    in_order = keys.take(pc.sort_indices(keys)).combine_chunks()
-    repeated = pc.equal(in_order[1:], in_order[:-1])
-    if not pc.any(repeated).as_py():
-        return Gate("keys", True, "all keys are different")
-    key = in_order[pc.index(repeated, True).as_py()].as_py()
-    return Gate("keys", False, f"the key {key!r} is there twice; is one input given twice?")
+    rows = sum(math.ceil(one.rows / COMPARED_ROWS) * other.rows for one, other in pairs)
+    if rows > MAX_READ_ROWS:
+        detail = f"not compared between segments: {rows:,} keys would have to be read"
+        LOG.warning("keys %s; the limit is %d", detail, MAX_READ_ROWS)
+        return Gate("keys", True, detail)
+    for one, other in pairs:
+        key = _find_common(files, one, other, tombstones=tombstones)
+        if key is not None:
+            return Gate("keys", False, f"the key {key!r} is there twice; is one input given twice?")
+    return Gate("keys", True, "all keys are different")
 
 
 def _overlap(one: SegmentInfo, other: SegmentInfo) -> bool:
     return one.first_key <= other.last_key and other.first_key <= one.last_key
 
 
-def _read_live_keys(
+def _find_common(
+    files: FileStore,
+    one: SegmentInfo,
+    other: SegmentInfo,
+    *,
+    tombstones: Mapping[str, Tombstones],
+) -> str | None:
+    for mine in _iter_live_keys(files, one, tombstones.get(one.id)):
+        for theirs in _iter_live_keys(files, other, tombstones.get(other.id)):
+            common = theirs.filter(pc.is_in(theirs, value_set=mine))
+            if len(common):
+                return str(common[0])
+    return None
+
+
+def _iter_live_keys(
     files: FileStore, segment: SegmentInfo, tombstones: Tombstones | None
-) -> pa.Array:
-    path = files.fetch(segment.files["keys"])
-    keys = pq.ParquetFile(path).read(["key"]).column("key").cast(pa.large_string())
-    dead = read_bits(files, tombstones.file if tombstones else None, segment.rows)
-    return keys.combine_chunks().filter(pa.array(~dead))
+) -> Iterator[pa.ChunkedArray]:
+    """Yield the live keys of a segment, ``COMPARED_ROWS`` at a time."""
+    live = ~read_bits(files, tombstones.file if tombstones else None, segment.rows)
+    reader = pq.ParquetFile(files.fetch(segment.files["keys"]))
+    waiting: list[pa.Array] = []
+    first = 0
+    for batch in reader.iter_batches(columns=["key"]):
+        keep = live[first : first + len(batch)]
+        first += len(batch)
+        waiting.append(batch.column(0).cast(pa.large_string()).filter(pa.array(keep)))
+        if sum(map(len, waiting)) >= COMPARED_ROWS or first == segment.rows:
+            yield pa.chunked_array(waiting)
+            waiting = []

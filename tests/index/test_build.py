@@ -119,7 +119,11 @@ def test_a_key_that_occurs_twice_is_named(tmp_path, uri):
         build(corpus, uri)
 
 
-def test_a_key_that_occurs_in_two_segments_is_refused_by_a_gate(corpus, uri):
+@pytest.mark.parametrize("rows_at_once", [2, 1000])
+def test_a_key_that_occurs_in_two_segments_is_refused_by_a_gate(
+    corpus, uri, rows_at_once, monkeypatch
+):
+    monkeypatch.setattr("pipeline.index.gates.COMPARED_ROWS", rows_at_once)
     build(corpus, uri)
     before = read_current(uri, STORAGE)
     old = next(c for c in list_commits(corpus.output, STORAGE).values() if "000" in c.name)
@@ -129,6 +133,26 @@ def test_a_key_that_occurs_in_two_segments_is_refused_by_a_gate(corpus, uri):
     with pytest.raises(PublishError, match=r"keys: the key 'shard-000.tar/00000"):
         build(corpus, uri)
     assert read_current(uri, STORAGE) == before
+
+
+def test_keys_too_many_to_compare_are_logged(corpus, uri, monkeypatch, caplog):
+    build(corpus, uri)
+    corpus.extend("shard-000b.tar", rows=20, seed=5)  # in order, among the keys that are there
+    monkeypatch.setattr("pipeline.index.gates.MAX_READ_ROWS", 1000)
+    [gate] = [gate for gate in build(corpus, uri)["gates"] if gate["name"] == "keys"]
+    assert gate["passed"]
+    expected = "not compared between segments: 1,200 keys would have to be read"
+    assert gate["detail"] == expected
+    assert f"keys {expected}; the limit is 1000" in caplog.text
+
+
+def test_segments_that_were_compared_before_are_not_read_again(corpus, uri, monkeypatch):
+    build(corpus, uri)
+    corpus.extend("shard-000b.tar", rows=20, seed=5)
+    build(corpus, uri)
+    monkeypatch.setattr("pipeline.index.gates._find_common", lambda *args, **settings: "read")
+    corpus.drop_rows("shard-001.tar", every=50)
+    assert build(corpus, uri)["action"] == "added"
 
 
 def test_no_embeddings_no_index_and_no_rows_are_told_apart(tmp_path, uri):
