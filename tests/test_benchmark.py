@@ -23,7 +23,7 @@ from pipeline.benchmark.commands import (
 from pipeline.benchmark.findings import BenchmarkReport, ModelFindings, compare
 from pipeline.benchmark.rounds import Contender, Rate, Sample, summarise, take_turns
 from pipeline.benchmark.samples import collect_images, draw_photograph, write_samples
-from pipeline.benchmark.worker import loop_over_pillow
+from pipeline.benchmark.worker import count_flops, loop_over_pillow
 from pipeline.config import BenchmarkConfig, StorageOptions
 from pipeline.errors import AbortError, SettingsError
 from pipeline.images import ImageLimits, decode_image
@@ -189,6 +189,13 @@ def test_a_report_is_a_table_and_json():
     assert json.loads(json.dumps(report.to_dict()))["models"]["m"]["rates"]["host"]
 
 
+@pytest.mark.parametrize(
+    ("model", "gmacs"), [("ese_vovnet19b_dw.ra_in1k", 1.34), ("resnetv2_50.a1h_in1k", 4.11)]
+)
+def test_operations_are_counted_as_the_model_cards_count_them(model: str, gmacs: float):
+    assert count_flops(model, 224) / 2e9 == pytest.approx(gmacs, rel=0.02)
+
+
 def test_drawn_photographs_are_as_large_as_photographs():
     data = draw_photograph(1)
     assert Image.open(io.BytesIO(data)).size == (500, 375)
@@ -227,7 +234,7 @@ def test_the_benchmark_measures_ceilings_and_writes_its_report(
     report = json.loads(output.read_text())
     assert json.loads(printed[-1]) == report
     rates = report["models"]["fbnetv3_b.ra2_in1k"]["rates"]
-    assert {"forward:torch", "host", "host-all", "pillow"} <= set(rates)
+    assert {"forward:torch", "arithmetic", "host", "host-all", "pillow"} <= set(rates)
     assert set(rates["host"]["stages_ms"]) == {"read", "decode", "transform"}
     assert any(line.startswith("| host / pillow, CPU time |") for line in printed)
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

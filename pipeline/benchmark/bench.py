@@ -24,7 +24,7 @@ from pipeline.benchmark.scaling import measure_scaling
 from pipeline.benchmark.setting import JOBS, Setting, count_cores, has_timm, prepare_setting
 from pipeline.benchmark.tables import measure_tables
 from pipeline.config import BenchmarkConfig, StorageOptions
-from pipeline.engines import EngineOptions
+from pipeline.engines import DTYPES, EngineOptions
 from pipeline.report import LOG
 from pipeline.storage import Storage
 
@@ -100,18 +100,21 @@ def _measure_rounds(contenders: Mapping[str, Contender], setting: Setting) -> di
 
 
 def _list_forward_contenders(setting: Setting) -> dict[str, Contender]:
-    contenders = {}
-    for engine in setting.config.engine:
+    contenders, config = {}, setting.config
+    for engine in config.engine:
         options = EngineOptions(
             name=engine,
             device=setting.device,
-            precision=setting.config.precision,
+            precision=config.precision,
             batch_size=setting.batch_size,
             threads=1,
         )
         contenders[f"forward:{engine}"] = _start_worker("forward", setting, engine=asdict(options))
+    contenders["arithmetic"] = _start_worker("arithmetic", setting, engine=asdict(options))
     if has_timm():
-        contenders["timm-forward"] = _start_timm_forward(setting)
+        contenders["timm-forward"] = _start_timm_forward(setting, compiled=False)
+        if setting.device != "cpu" or "torch-compile" in config.engine:
+            contenders["timm-compiled"] = _start_timm_forward(setting, compiled=True)
     return contenders
 
 
@@ -141,14 +144,15 @@ def _start_worker(kind: str, setting: Setting, *, processes: int = 1, **changed:
     return Contender(command, processes=processes)
 
 
-def _start_timm_forward(setting: Setting) -> Contender:
+def _start_timm_forward(setting: Setting, *, compiled: bool) -> Contender:
+    """Start timm as it comes, or as fast as its users make it; both in the same precision."""
     spec = {
         "model": setting.model,
         "weights": setting.weights,
         "device": setting.device,
-        "dtype": "float32",
-        "channels_last": False,
-        "compiled": False,
+        "dtype": str(DTYPES[setting.config.precision]).removeprefix("torch."),
+        "channels_last": compiled,
+        "compiled": compiled,
         "image_size": setting.data_config.image_size,
         "batch_size": setting.batch_size,
         "images": setting.short.images,

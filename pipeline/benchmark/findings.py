@@ -1,5 +1,6 @@
 """What a benchmark found: rates, ratios, what binds, and advice; as JSON and as tables."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -116,8 +117,9 @@ def compare(
         cores: CPU cores of the machine.
         on_gpu: Whether the forward pass ran on a GPU.
     """
+    forwards = [name for name in rates if name.startswith("forward:")]
     pairs = [
-        *((name, "timm-forward") for name in rates if name.startswith("forward:")),
+        *itertools.product(forwards, ("timm-forward", "timm-compiled", "arithmetic")),
         *(("host", "pillow"), ("host-fast", "host")),
         *(("job", "dataloader"), ("job", "ray-recipe")),
         *(("job-fast", "job"), ("job-decode-stage", "job")),

@@ -1,4 +1,4 @@
-"""The contenders of our own that do one thing alone: forward, host path, bare Pillow.
+"""The contenders of our own that do one thing alone: forward, arithmetic, host path, Pillow.
 
     python -m pipeline.benchmark.worker forward '{"model": …}'
 
@@ -7,6 +7,7 @@ Each serves rounds (see ``rounds.py``) on one core, or on the GPU.
 
 import io
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.backbones import create_backbone
 from pipeline.benchmark.rounds import serve_rounds
 from pipeline.containers.found import ReadOptions
-from pipeline.engines import EngineOptions, Pixels, build_engine, draw_probes
+from pipeline.engines import DTYPES, EngineOptions, Pixels, build_engine, draw_probes
 from pipeline.images import ImageLimits, decode_image, image_digest
 from pipeline.readers import read_chunks
 from pipeline.shards import list_sources, make_object_shard
@@ -49,6 +52,35 @@ def make_forward_round(spec: Mapping[str, Any]) -> Round:
         return batches * options.batch_size, {}
 
     return run_round
+
+
+def make_arithmetic_round(spec: Mapping[str, Any]) -> Round:
+    """Return rounds of as many multiplications as forward passes take, in products of matrices.
+
+    No forward pass can be faster than what the device reaches here.
+    """
+    options = EngineOptions(**spec["engine"])
+    flops = count_flops(spec["model"], _read_data_config(spec).image_size)
+    side = 2048 if options.on_cpu else 8192
+    matrix = torch.ones(side, side, device=options.device, dtype=DTYPES[options.precision])
+    products = math.ceil(spec["images"] * flops / (2 * side**3))
+    torch.set_num_threads(1)
+
+    def run_round() -> tuple[int, Mapping[str, float]]:
+        for _ in range(products):
+            product = torch.mm(matrix, matrix)
+        product[0, 0].item()  # waits for the device
+        return round(products * 2 * side**3 / flops), {}
+
+    return run_round
+
+
+def count_flops(model: str, image_size: int) -> int:
+    """Return the floating-point operations of one image's embedding, additions included."""
+    backbone = create_backbone(model, weights=None, num_classes=0)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone(torch.zeros(1, 3, image_size, image_size))
+    return int(counter.get_total_flops())
 
 
 def make_host_round(spec: Mapping[str, Any]) -> Round:
@@ -126,6 +158,7 @@ def _read_data_config(spec: Mapping[str, Any]) -> DataConfig:
 
 _MAKERS = {
     "forward": make_forward_round,
+    "arithmetic": make_arithmetic_round,
     "host": make_host_round,
     "pillow": make_pillow_round,
 }
