@@ -3,10 +3,10 @@
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import pyarrow as pa
 import torch
@@ -28,6 +28,7 @@ from pipeline.records import Chunk, Embedding, PartInfo, Shard, count_statuses
 from pipeline.resources import Resources
 from pipeline.storage import Storage, join_uri
 
+_WRITE_THREADS = 8  # a load of many small shards has many parts
 _WRITE_ROUNDS = 3
 """How often a part is written, with all of storage's attempts each time: embedding costs more."""
 
@@ -97,6 +98,7 @@ class EmbedActor:
         self._quarantine = Quarantine(settings.run_id, settings.embedder.limits)
         self._metrics = ActorMetrics(settings.run_id)
         self._idle = IdleClock()
+        self._writers = ThreadPoolExecutor(_WRITE_THREADS, "write")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Map a table of loads, or of crops, to one of receipts."""
@@ -144,10 +146,11 @@ class EmbedActor:
             outcome = self._embedder.embed_crops(crops)
         outcome = replace(outcome, seconds={"read": load.read_s} | outcome.seconds)
         embeddings = iter(outcome.embeddings)
+        own = [[next(embeddings) for _ in chunk.records] for _, chunk in load.chunks]
+        parts = self._writers.map(self._write, load.chunks, own)
         for shard, chunk in load.chunks:
-            own = [next(embeddings) for _ in chunk.records]
             start_s = time.perf_counter()
-            part = self._write(shard, chunk, own)
+            part = next(parts)
             seconds = {"write": time.perf_counter() - start_s} | outcome.seconds
             outcome = replace(outcome, seconds={})  # counted once a load
             yield Receipt(
@@ -162,7 +165,10 @@ class EmbedActor:
                 batch_size=self._embedder.batch_size,
             )
 
-    def _write(self, shard: Shard, chunk: Chunk, embeddings: Sequence[Any]) -> PartInfo | None:
+    def _write(
+        self, place: tuple[Shard, Chunk], embeddings: Sequence[Embedding]
+    ) -> PartInfo | None:
+        shard, chunk = place
         if not chunk.records:
             return None
         settings = self._settings
