@@ -1,8 +1,14 @@
 """Which kind of index: by rows, width, memory and recall, explained in one line.
 
-The limits come from measurements on unit vectors of 1024 to 2152 dimensions, one core each:
-flat search costs 13 ms a query at 50,000 rows; 1-bit codes ranked again by stored vectors are 15
-times faster at 0.99 recall and need no training; beyond a million rows inverted lists pay.
+The simplest kind that answers a query within ``AIM_MS`` on one core is taken; what each would take
+is estimated from what was measured on vectors of 1024 dimensions that resemble embeddings:
+
+- comparing with every vector takes 22 ms at 100,000 rows, so ``flat``, which is exact, serves up to
+  about 9,500 rows;
+- comparing every 1-bit code takes 1.6 ms there and 14 ms at a million rows, so ``rabitq``, which
+  needs no k-means and builds with 200 CPU seconds a million rows, serves up to about 118,000;
+- beyond, inverted lists look at a small share of the codes (0.6 ms at 100,000 rows), for twice the
+  CPU seconds of the build.
 """
 
 import math
@@ -14,8 +20,11 @@ from pipeline.errors import SettingsError
 KINDS = ("flat", "rabitq", "ivf-rabitq", "ivf-sq8", "hnsw")
 EXACT_KINDS = ("flat", "hnsw")
 """Kinds whose codes are the vectors themselves."""
-FLAT_ROWS = 50_000
-RABITQ_ROWS = 1_000_000
+AIM_MS = 2.0
+SCAN_NS: Mapping[str, float] = {"flat": 0.205, "rabitq": 0.0165}
+"""What comparing one value of one row takes, everything included, for kinds that compare all."""
+MIN_SCAN_DIM = 256
+"""Narrower rows cost no less: each has a fixed part."""
 SEGMENT_ROWS = 20_000_000
 LONG_LIST_ROWS = 128
 """Mean list length from which the blocked code layout is faster."""
@@ -160,10 +169,20 @@ def _select(rows: int, dim: int, *, memory_bytes: int, target_recall: float) -> 
 
 def choose_kind(rows: int, dim: int, *, memory_bytes: int, target_recall: float) -> str:
     """Return the simplest kind that is fast enough, fits, and can reach the target."""
-    wants_flat = rows <= FLAT_ROWS or target_recall >= 1
+    wants_flat = is_fast("flat", rows, dim) or target_recall >= 1
     if wants_flat and estimate_memory("flat", rows, dim) <= memory_bytes:
         return "flat"
-    return "rabitq" if rows <= RABITQ_ROWS else "ivf-rabitq"
+    return "rabitq" if is_fast("rabitq", rows, dim) else "ivf-rabitq"
+
+
+def is_fast(kind: str, rows: int, dim: int) -> bool:
+    """Tell whether a kind that compares all rows answers within ``AIM_MS``."""
+    return estimate_scan_ms(kind, rows, dim) <= AIM_MS
+
+
+def estimate_scan_ms(kind: str, rows: int, dim: int) -> float:
+    """Return about what a kind that compares all rows takes for one query on one core."""
+    return rows * max(dim, MIN_SCAN_DIM) * SCAN_NS[kind] / 1e6
 
 
 def count_lists(rows: int) -> int:
@@ -218,13 +237,14 @@ def count_segments(kind: str, rows: int, *, dim: int, memory_bytes: int) -> int:
     return max(1, math.ceil(rows / min(SEGMENT_ROWS, fit)))
 
 
-def outgrew(kind: str, rows: int, planned_kind: str) -> bool:
+def outgrew(kind: str, rows: int, dim: int, *, planned_kind: str) -> bool:
     """Tell whether rows have grown so far beyond a kind's limit that another one pays.
 
     A fifth of slack keeps an index at the limit from changing its kind every night.
     """
-    limit = {"flat": FLAT_ROWS, "rabitq": RABITQ_ROWS}.get(kind)
-    return kind != planned_kind and limit is not None and rows > 1.2 * limit
+    if kind == planned_kind or kind not in SCAN_NS:
+        return False
+    return estimate_scan_ms(kind, rows, dim) > 1.2 * AIM_MS
 
 
 def show_bytes(number: float) -> str:
@@ -237,5 +257,15 @@ def show_bytes(number: float) -> str:
 
 
 def _explain(kind: str, asked: str, *, rows: int, dim: int, memory_bytes: int) -> str:
-    cause = "as asked" if asked != "auto" else f"for {rows:,} rows of {dim}"
-    return f"{kind}: {_WORDS[kind]}; {cause}, {show_bytes(memory_bytes)} in memory"
+    cause = (
+        "as asked" if asked != "auto" else f"for {rows:,} rows of {dim}{_exclude(kind, rows, dim)}"
+    )
+    return f"{kind}: {_WORDS[kind]}; {cause}; {show_bytes(memory_bytes)} in memory"
+
+
+def _exclude(kind: str, rows: int, dim: int) -> str:
+    """Return what the next simpler kind would take, if it is too slow."""
+    simpler = {"rabitq": "flat", "ivf-rabitq": "rabitq"}.get(kind)
+    if simpler is None or is_fast(simpler, rows, dim):
+        return ""
+    return f", where {simpler} takes about {estimate_scan_ms(simpler, rows, dim):.2g} ms a query"

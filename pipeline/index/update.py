@@ -108,10 +108,11 @@ def decide(
     check_space(parent, source)
     if config.full:
         return Decision(True, None, "asked for with --full")
-    if config.kind not in ("auto", parent.codec.kind):
-        return Decision(True, None, f"asked for {config.kind} instead of {parent.codec.kind}")
-    if config.kind == "auto" and outgrew(parent.codec.kind, plan.rows, plan.kind):
-        return Decision(True, None, f"{plan.rows:,} rows are too many for {parent.codec.kind}")
+    kind = parent.codec.kind
+    if config.kind not in ("auto", kind):
+        return Decision(True, None, f"asked for {config.kind} instead of {kind}")
+    if config.kind == "auto" and outgrew(kind, plan.rows, source.dim, planned_kind=plan.kind):
+        return Decision(True, None, f"{plan.rows:,} rows are too many for {kind}")
     assert parent.owners is not None
     owners = decode_owners(files.fetch(parent.owners).read_bytes())
     changes = find_changes(owners, source.commits)

@@ -356,10 +356,10 @@ def test_another_kind_or_full_builds_anew(corpus, uri):
 
 
 def test_an_index_without_kind_grows_into_the_next_one(corpus, uri, monkeypatch):
-    monkeypatch.setattr("pipeline.index.selection.FLAT_ROWS", 1000)
+    monkeypatch.setattr("pipeline.index.selection.AIM_MS", 0.05)
     report = build(corpus, uri, queries=50)
     assert report["kind"] == "rabitq"
-    monkeypatch.setattr("pipeline.index.selection.FLAT_ROWS", 1250)
+    monkeypatch.setattr("pipeline.index.selection.AIM_MS", 0.065)
     build(corpus, uri, full=True)
     corpus.extend("more.tar", rows=400, seed=5)
     report = build(corpus, uri, queries=50)
