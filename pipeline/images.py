@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
 from pipeline.errors import RecordError
 from pipeline.jpeg2000 import load_jpeg2000
@@ -342,13 +342,12 @@ def _convert_to_rgb(image: Image.Image, *, composite: bool) -> Image.Image:
 
 
 def _composite_over_white(image: Image.Image) -> Image.Image:
-    rgba = image.convert("RGBA")
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
     alpha = rgba.getchannel("A")
-    if alpha.getextrema() == (255, 255):
-        return rgba.convert("RGB")
-    canvas = Image.new("RGB", rgba.size, (255, 255, 255))
-    canvas.paste(rgba.convert("RGB"), mask=alpha)
-    return canvas
+    rgb = rgba.convert("RGB")
+    if alpha.getextrema() != (255, 255):
+        rgb.paste((255, 255, 255), mask=ImageChops.invert(alpha))
+    return rgb
 
 
 def _scale_grey(image: Image.Image) -> Image.Image:
