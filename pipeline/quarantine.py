@@ -66,6 +66,7 @@ class Quarantine:
         finally:
             with suppress(OSError):
                 note.unlink()
+                self._folder.rmdir()  # unless another load's note lies there
 
     def _mark_deadly(self, load: Load) -> Load:
         records = load.records
