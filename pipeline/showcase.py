@@ -6,8 +6,9 @@ from pathlib import Path
 from pipeline.config import IndexConfig
 from pipeline.errors import PipelineError
 from pipeline.images import ImageLimits
+from pipeline.index.current import read_current
 from pipeline.index.files import FileStore, default_cache_dir
-from pipeline.index.manifest import Manifest, read_current
+from pipeline.index.manifest import Manifest
 from pipeline.index.projection import read_map
 from pipeline.index.search import Neighbour, SearchIndex
 from pipeline.readers import read_record_bytes

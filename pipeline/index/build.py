@@ -4,8 +4,8 @@ from pathlib import Path
 
 from pipeline.config import IndexConfig
 from pipeline.errors import SettingsError
+from pipeline.index.current import read_current
 from pipeline.index.files import FileStore, default_cache_dir
-from pipeline.index.manifest import read_current
 from pipeline.index.publish import find_garbage, roll_back
 from pipeline.index.report import IndexReport, make_report
 from pipeline.index.update import export, update_index

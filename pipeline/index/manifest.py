@@ -1,7 +1,6 @@
 """What a generation is made of, as ``generations/<generation>/manifest.json`` records it.
 
-The manifest names every file with its digest; a reader trusts nothing else. ``CURRENT`` points to
-one manifest and is the only object of an index that ever changes.
+The manifest names every file with its digest; a reader trusts nothing else.
 """
 
 import hashlib
@@ -10,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from pipeline.errors import CorruptionError, ObjectMissingError
 from pipeline.records import Space
 from pipeline.storage import Storage, join_uri
 
@@ -283,30 +281,6 @@ class Manifest:
         return cls(**_pick(cls, values) | parsed)
 
 
-@dataclass(frozen=True, slots=True)
-class Pointer:
-    """The content of ``CURRENT``.
-
-    Attributes:
-        seq: Number of this publication; grows by one, for a roll-back too.
-        generation: The generation that serves.
-        manifest_sha256: Digest of its manifest, hex.
-    """
-
-    seq: int
-    generation: str
-    manifest_sha256: str
-
-    def to_json(self) -> bytes:
-        """Serialise for ``CURRENT``."""
-        return json.dumps(asdict(self)).encode() + b"\n"
-
-    @classmethod
-    def from_json(cls, data: bytes) -> "Pointer":
-        """Read ``to_json``."""
-        return cls(**_pick(cls, json.loads(data)))
-
-
 def _pick(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     return {item.name: values[item.name] for item in fields(cls) if item.name in values}
 
@@ -320,79 +294,7 @@ def digest_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def manifest_path(generation: str) -> str:
-    """Return the path of a generation's manifest under the index."""
-    return f"generations/{generation}/manifest.json"
-
-
 def put_file(index: str, path: str, *, data: bytes, storage: Storage) -> FileInfo:
     """Write a small file of an index and describe it."""
     storage.put(join_uri(index, path), data)
     return FileInfo(path, len(data), digest_bytes(data))
-
-
-def read_pointer(index: str, storage: Storage) -> tuple[Pointer, str] | None:
-    """Return what ``CURRENT`` says and its version, or None where nothing is published yet.
-
-    Raises:
-        CorruptionError: It is there but cannot be understood.
-    """
-    uri = join_uri(index, "CURRENT")
-    try:
-        data, version = storage.read_versioned(uri)
-    except ObjectMissingError:
-        return None
-    try:
-        return Pointer.from_json(data), version
-    except (ValueError, TypeError) as error:
-        raise CorruptionError(
-            f"{uri} is not a pointer ({error}); roll back with --roll-back <generation>"
-        ) from error
-
-
-def read_manifest(index: str, pointer: Pointer, storage: Storage) -> Manifest:
-    """Return the manifest that ``pointer`` names, its digest verified.
-
-    Raises:
-        CorruptionError: It is not the one that was published, or of a newer format.
-    """
-    uri = join_uri(index, manifest_path(pointer.generation))
-    try:
-        data = storage.read(uri)
-    except ObjectMissingError as error:
-        raise CorruptionError(
-            f"{uri} is missing; roll back to another generation with --roll-back"
-        ) from error
-    if digest_bytes(data) != pointer.manifest_sha256:
-        raise CorruptionError(
-            f"{uri} is not what was published: its digest differs from CURRENT's; "
-            "restore it, or roll back to another generation with --roll-back"
-        )
-    return parse_manifest(data, uri)
-
-
-def parse_manifest(data: bytes, uri: str) -> Manifest:
-    """Read a manifest's bytes.
-
-    Raises:
-        CorruptionError: They cannot be understood, or are of a newer format.
-    """
-    try:
-        found = json.loads(data).get("format")
-        if found != FORMAT_VERSION:
-            raise CorruptionError(
-                f"{uri} has format {found!r}; this program reads {FORMAT_VERSION}; upgrade it"
-            )
-        return Manifest.from_json(data)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptionError(f"{uri} is not a manifest: {error}") from error
-
-
-def read_current(index: str, storage: Storage) -> Manifest | None:
-    """Return the generation that serves, or None where nothing is published yet.
-
-    Raises:
-        CorruptionError: The pointer or the manifest is damaged.
-    """
-    found = read_pointer(index, storage)
-    return None if found is None else read_manifest(index, found[0], storage)

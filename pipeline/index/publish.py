@@ -5,14 +5,8 @@ import uuid
 from dataclasses import dataclass
 
 from pipeline.errors import ConflictError, ObjectMissingError, PublishError, SettingsError
-from pipeline.index.manifest import (
-    Manifest,
-    Pointer,
-    digest_bytes,
-    manifest_path,
-    parse_manifest,
-    read_pointer,
-)
+from pipeline.index.current import Pointer, manifest_path, parse_manifest, read_pointer
+from pipeline.index.manifest import Manifest, digest_bytes
 from pipeline.storage import Storage, join_uri
 
 Version = tuple[Pointer, str] | None

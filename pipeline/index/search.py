@@ -15,19 +15,18 @@ from pipeline.errors import (
     SpaceMismatchError,
     UnknownKeyError,
 )
-from pipeline.index.engine import Floats, Rows
-from pipeline.index.files import FileStore, default_cache_dir
-from pipeline.index.generation import Generation
-from pipeline.index.installed import set_threads
-from pipeline.index.manifest import (
-    Manifest,
+from pipeline.index.current import (
     Pointer,
-    SearchParams,
     manifest_path,
     parse_manifest,
     read_manifest,
     read_pointer,
 )
+from pipeline.index.engine import Floats, Rows
+from pipeline.index.files import FileStore, default_cache_dir
+from pipeline.index.generation import Generation
+from pipeline.index.installed import set_threads
+from pipeline.index.manifest import Manifest, SearchParams
 from pipeline.index.neighbour import (
     IndexInfo,
     Neighbour,

@@ -9,6 +9,7 @@ from pipeline.config import IndexConfig, parse_size
 from pipeline.errors import SpaceMismatchError
 from pipeline.index.changes import Changes, decode_owners, find_changes
 from pipeline.index.compaction import MAX_REPLACED_SHARE, compute_imbalance, explain_drift
+from pipeline.index.current import read_manifest, read_pointer
 from pipeline.index.draft import Build, draft_full, read_list_sizes
 from pipeline.index.files import FileStore
 from pipeline.index.finish import Finished, finish
@@ -16,7 +17,7 @@ from pipeline.index.gates import check_gates
 from pipeline.index.graph import TASK_ROWS, write_neighbours
 from pipeline.index.increment import draft_increment
 from pipeline.index.installed import describe_engine
-from pipeline.index.manifest import Manifest, read_manifest, read_pointer
+from pipeline.index.manifest import Manifest
 from pipeline.index.publish import Version, publish
 from pipeline.index.report import IndexReport, make_report
 from pipeline.index.selection import Plan, make_plan, outgrew, show_bytes

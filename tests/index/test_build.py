@@ -16,7 +16,7 @@ from pipeline.errors import (
     UnknownKeyError,
 )
 from pipeline.index.build import build_index
-from pipeline.index.manifest import read_current
+from pipeline.index.current import read_current
 from pipeline.index.search import SearchIndex
 from pipeline.parts import OutputInfo, claim_output, list_commits, restore_commit
 

@@ -12,7 +12,7 @@ from index.corpus import STORAGE, Corpus, build, make_corpus
 from pipeline.config import IndexConfig
 from pipeline.errors import CorruptionError, PublishError, SettingsError
 from pipeline.index.build import build_index
-from pipeline.index.manifest import (
+from pipeline.index.current import (
     Pointer,
     manifest_path,
     parse_manifest,

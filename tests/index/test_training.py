@@ -3,8 +3,8 @@ import pytest
 
 from index.corpus import STORAGE, build, make_corpus
 from pipeline.errors import SettingsError
+from pipeline.index.current import read_current
 from pipeline.index.files import FileStore
-from pipeline.index.manifest import read_current
 from pipeline.index.rows import list_parts
 from pipeline.index.search import SearchIndex
 from pipeline.index.segments import read_queries
