@@ -23,6 +23,8 @@ _log = logging.getLogger(__name__)
 
 RENEW_S = 10.0
 EXPIRE_S = 60.0
+END_S = 30.0
+"""Longest that the end of a run waits for a store that does not take its lease back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +131,9 @@ class Lease:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Give the lease back."""
+        """Give the lease back; a store in trouble gets it back later, or finds its holder dead."""
         self._stop.set()
-        self._thread.join()
-        if self._lost is None:
-            self._give_back()
+        self._thread.join(END_S)
 
     def check(self) -> None:
         """Raise if another run took the lease over.
@@ -213,3 +213,4 @@ class Lease:
                 return
             except StorageError:
                 continue  # a passing fault; the next renewal may pass, and expiry allows several
+        self._give_back()

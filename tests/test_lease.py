@@ -145,6 +145,27 @@ def test_a_lease_taken_over_just_before_the_end_is_not_deleted(tmp_path: Path):
     assert (tmp_path / "lease.json").read_bytes() == theirs
 
 
+def test_a_store_in_trouble_does_not_hold_up_the_end_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked, answered = threading.Event(), threading.Event()
+    renew = Storage.put_if_version
+
+    def answer_late(self: Storage, uri: str, data: bytes, version: str) -> str:
+        asked.set()
+        assert answered.wait(60)
+        return renew(self, uri, data, version)
+
+    monkeypatch.setattr(Storage, "put_if_version", answer_late)
+    monkeypatch.setattr("pipeline.lease.END_S", 0.1)
+    with take(tmp_path, expire_s=0.2) as lease:
+        assert asked.wait(60)
+    assert (tmp_path / "lease.json").exists()
+    answered.set()
+    lease._thread.join(60)
+    assert not (tmp_path / "lease.json").exists()
+
+
 def test_a_held_lease_is_renewed(tmp_path: Path):
     with take(tmp_path, expire_s=0.2):
         first = read_holder(tmp_path).renewed_s
