@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from pipeline.index.manifest import SearchParams
 from pipeline.index.measure import Measured
@@ -10,8 +11,8 @@ CANDIDATES = (128, 256, 512, 1024, 2048, 4096, 8192)
 FIRST_CANDIDATES = 3
 WIDE_CANDIDATES = 2048
 EFS = (32, 64, 128, 256, 512)
-QUICK_SHARE = 8
-"""Lists beyond an eighth of all are tried only if fewer do not suffice."""
+FEW_LISTS, QUICK_SHARE = 16, 8
+"""More lists than a few, and then than an eighth of all, are tried only if fewer do not suffice."""
 NEAR_SHARES = (0.625, 0.75, 1.0, 1.5)
 """Numbers of lists, as shares of the power of two that suffices, that are tried precisely."""
 RANKING_CODES = 50
@@ -74,11 +75,12 @@ def _widen(params: SearchParams, rows: int, *, target: float, measure: Measure) 
 def _tune_lists(lists: int, rows: int, *, target: float, measure: Measure) -> Tuned:
     curve: list[Measured] = []
     doubled = [1 << power for power in range(lists.bit_length())]
-    quick = [nprobe for nprobe in doubled if nprobe <= max(64, lists // QUICK_SHARE)]
     candidates = limit_candidates(rows)
-    for nprobes in (quick, [nprobe for nprobe in doubled if nprobe not in quick]):
-        wide = min(WIDE_CANDIDATES, max(candidates))
-        curve += measure([SearchParams(nprobe, wide) for nprobe in nprobes], False)
+    wide = min(WIDE_CANDIDATES, max(candidates))
+    edges = (0, FEW_LISTS, max(64, lists // QUICK_SHARE), lists)
+    for low, high in pairwise(edges):
+        settings = [SearchParams(nprobe, wide) for nprobe in doubled if low < nprobe <= high]
+        curve += measure(settings, False) if settings else []
         if meets(choose(curve, target), target):
             break
     enough = choose(curve, target).params.nprobe

@@ -73,15 +73,16 @@ def test_the_fewest_lists_are_found_first_then_the_fewest_candidates():
     calls = []
     tuned = tune("ivf-rabitq", lists=1024, rows=100_000, target=0.93, measure=fake_measure(calls))
     assert tuned.chosen.params == SearchParams(nprobe=32, candidates=1024)
-    assert [timed for _, timed in calls] == [False, True, True]
-    assert max(params.nprobe for params in calls[0][0]) == 128  # all lists only where needed
+    assert [timed for _, timed in calls] == [False, False, True, True]
+    tried = [max(params.nprobe for params in settings) for settings, _ in calls[:2]]
+    assert tried == [16, 128]  # all lists only where needed
 
 
 def test_more_lists_are_tried_where_an_eighth_does_not_suffice():
     calls = []
     tune("ivf-rabitq", lists=1024, rows=100_000, target=0.999, measure=fake_measure(calls))
-    assert [timed for _, timed in calls] == [False, False, True, True]
-    assert max(params.nprobe for params in calls[1][0]) == 1024
+    assert [timed for _, timed in calls] == [False, False, False, True, True]
+    assert max(params.nprobe for params in calls[2][0]) == 1024
 
 
 def test_lists_between_powers_of_two_are_tried_where_they_are_cheaper():
