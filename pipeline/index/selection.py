@@ -7,7 +7,7 @@ is estimated from what was measured on vectors of 1024 dimensions that resemble 
   about 9,700 rows;
 - comparing every 1-bit code takes 1.8 ms there and 17 ms at a million, so ``rabitq``, which needs
   no k-means, serves up to about 111,000 rows;
-- beyond, inverted lists look at a small share of the codes: 0.6 ms at 100,000 and at a million rows,
+- beyond, inverted lists look at a small share of the codes: 0.6 ms at 100,000 as at a million rows,
   with the same recall, for a build of 450 CPU seconds a million rows instead of 180.
 """
 
