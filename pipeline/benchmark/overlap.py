@@ -8,6 +8,7 @@ device should never have to wait for them.
 """
 
 import json
+import math
 import sys
 import tempfile
 import time
@@ -33,7 +34,7 @@ from pipeline.shards import list_sources, plan_shards
 from pipeline.storage import Storage
 
 _CALLS = 2  # as many loads are in an actor with a GPU at once
-_SLOWER = 1.15  # the device takes so much longer for an image than all cores together
+_SLOWER = 1.25  # the device takes so much longer for an image than all cores together
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class OverlapFindings:
         write_ms: Time to write its row.
         wall_ms: Time that all of it took.
         one_after_another_ms: What it would take if nothing overlapped.
-        device_busy: Share of the time in which the device computed.
+        device_busy: Share of the time between its first batch and its last in which it computed.
     """
 
     images: int
@@ -67,6 +68,7 @@ class _Device:
     def __init__(self, image_size: int, dim: int, *, batch_size: int, image_s: float) -> None:
         self.batch_size = batch_size
         self.busy_s = 0.0
+        self.span_s = (math.inf, 0.0)
         self._shape = (batch_size, image_size, image_size, 3)
         self._dim = dim
         self._image_s = image_s
@@ -83,8 +85,10 @@ class _Device:
 
     def _compute(self, images: int) -> Forwarded:
         seconds = images * self._image_s
+        start_s = time.perf_counter()
         time.sleep(seconds)
         self.busy_s += seconds
+        self.span_s = (min(self.span_s[0], start_s), time.perf_counter())
         return Forwarded(np.ones((images, self._dim), np.float32), seconds=seconds)
 
 
@@ -108,9 +112,9 @@ def measure_overlap(spec: Mapping[str, Any], folder: Path) -> OverlapFindings:
         folder: An empty folder.
     """
     actor, loads = _prepare(spec, folder)
-    images, host_s, _, _ = _run(actor, loads, image_s=0.0)
+    images, host_s, *_ = _run(actor, loads, image_s=0.0)
     image_s = _SLOWER * host_s / images / spec["cores"]
-    images, host_s, write_s, (wall_s, busy_s) = _run(actor, loads, image_s=image_s)
+    images, host_s, write_s, wall_s, busy = _run(actor, loads, image_s=image_s)
     ms = 1e3 / images
     return OverlapFindings(
         images=images,
@@ -118,8 +122,8 @@ def measure_overlap(spec: Mapping[str, Any], folder: Path) -> OverlapFindings:
         device_ms=1e3 * image_s,
         write_ms=ms * write_s,
         wall_ms=ms * wall_s,
-        one_after_another_ms=ms * (host_s / spec["cores"] + busy_s + write_s),
-        device_busy=busy_s / wall_s,
+        one_after_another_ms=ms * (host_s / spec["cores"] + write_s) + 1e3 * image_s,
+        device_busy=busy,
     )
 
 
@@ -145,8 +149,8 @@ def _prepare(spec: Mapping[str, Any], folder: Path) -> tuple[EmbedActor, list[pa
 
 def _run(
     actor: EmbedActor, loads: list[pa.Table], *, image_s: float
-) -> tuple[int, float, float, tuple[float, float]]:
-    """Return images, host and write seconds, and how long it took and the device was busy."""
+) -> tuple[int, float, float, float, float]:
+    """Return images, seconds of host, of writing and of all, and how busy the device was."""
     embedder = actor._embedder
     space = embedder.space
     device = _Device(space.image_size, space.dim, batch_size=embedder.batch_size, image_s=image_s)
@@ -158,7 +162,8 @@ def _run(
     seconds = [receipt.seconds for receipt in receipts]
     host_s = sum(s.get("decode", 0.0) + s.get("transform", 0.0) for s in seconds)
     write_s = sum(s.get("write", 0.0) for s in seconds)
-    return sum(r.num_records for r in receipts), host_s, write_s, (wall_s, device.busy_s)
+    busy = device.busy_s / (device.span_s[1] - device.span_s[0])
+    return sum(r.num_records for r in receipts), host_s, write_s, wall_s, busy
 
 
 def main() -> None:
