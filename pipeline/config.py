@@ -441,7 +441,7 @@ class BenchmarkConfig:
     cluster."""
     input: tuple[str, ...] = ()
     """Prefixes, objects or folders to take images from; drawn photographs otherwise."""
-    images: int = 256
+    images: int = 512
     """Images of a long run; repeated when the inputs hold fewer."""
     rounds: int = 3
     """How often everything is measured, in turns; medians are reported."""

@@ -147,19 +147,22 @@ def make_rate(images_per_s: float, cpu_ms: float) -> Rate:
 def test_the_job_is_compared_with_ceilings_and_alternatives():
     rates = {
         "forward:torch": make_rate(40.0, 20.0),
+        "forward:torch-all": make_rate(75.0, 22.0),
         "timm-forward": make_rate(20.0, 40.0),
         "host": make_rate(200.0, 5.0),
+        "host-all": make_rate(300.0, 6.0),
         "pillow": make_rate(180.0, 5.0),
         "job": make_rate(60.0, 26.0),
         "dataloader": make_rate(30.0, 52.0),
     }
-    ratios = compare(rates, engine="torch", cores=2, on_gpu=False)
+    ratios = compare(rates, engine="torch", on_gpu=False)
     assert ratios["forward:torch / timm-forward, CPU time"] == 2.0
     assert ratios["host / pillow, CPU time"] == 1.0
     assert ratios["job / dataloader, images/s"] == 2.0
-    assert ratios["job / both ceilings on shared cores, CPU time"] == pytest.approx(25 / 26)
-    assert ratios["job / both ceilings on shared cores, images/s"] == pytest.approx(60 / (2 / 0.03))
-    assert ratios["job / its tighter ceiling, CPU time"] == pytest.approx(20 / 26)
+    assert ratios["job / its tighter ceiling, images/s"] == 60 / 75
+    assert ratios["job / both ceilings on shared cores, images/s"] == pytest.approx(60 / 60)
+    assert ratios["job / both ceilings on shared cores, CPU time"] == pytest.approx(28 / 26)
+    assert not any("-all /" in name for name in ratios)
     assert not any("ray-recipe" in name for name in ratios)
 
 
@@ -171,7 +174,7 @@ def test_on_a_gpu_the_job_is_compared_with_the_tighter_ceiling(host_all: float, 
         "host-all": make_rate(host_all, 20.0),
         "job": make_rate(95.0, 30.0),
     }
-    ratios = compare(rates, engine="torch", cores=8, on_gpu=True)
+    ratios = compare(rates, engine="torch", on_gpu=True)
     assert ratios == {"job / its tighter ceiling, images/s": pytest.approx(ratio)}
 
 

@@ -30,7 +30,7 @@ from pipeline.storage import Storage
 
 _ROUND_IMAGES = 128  # most images in a round of what is measured in a process of its own
 _PER_MODEL = ("forward", "host", "job", "dataloader", "ray-recipe", "decode", "overlap", "scaling")
-_LOADS_PER_CORE = 8  # so that a program's marks of progress are many
+_SHARDS_PER_CORE = 4  # so that a program's marks of progress are several, and its batches full
 
 
 def benchmark(config: BenchmarkConfig) -> BenchmarkReport:
@@ -44,7 +44,7 @@ def benchmark(config: BenchmarkConfig) -> BenchmarkReport:
     with _make_folder(config.work_dir) as folder:
         images = collect_images(config.input, config.images, StorageOptions())
         number = min(config.images, _ROUND_IMAGES)
-        per_shard = max(1, min(256, config.images // (_LOADS_PER_CORE * count_cores())))
+        per_shard = max(1, min(256, config.images // (_SHARDS_PER_CORE * count_cores())))
         short = write_samples(images, number, folder / "round", per_shard=per_shard)
         samples = write_samples(images, config.images, folder / "whole", per_shard=per_shard)
         found = {}
@@ -80,7 +80,6 @@ def _measure(setting: Setting) -> ModelFindings:
     ratios = compare(
         rates,
         engine=setting.config.engine[0],
-        cores=setting.cores,
         on_gpu=setting.device != "cpu",
     )
     tables: dict[str, list[Row]] = {}
@@ -109,7 +108,12 @@ def _list_forward_contenders(setting: Setting) -> dict[str, Contender]:
             batch_size=setting.batch_size,
             threads=1,
         )
-        contenders[f"forward:{engine}"] = _start_worker("forward", setting, engine=asdict(options))
+        name = f"forward:{engine}"
+        contenders[name] = _start_worker("forward", setting, engine=asdict(options))
+        if setting.device == "cpu" and engine == config.engine[0]:
+            contenders[f"{name}-all"] = _start_worker(
+                "forward", setting, processes=setting.cores, engine=asdict(options)
+            )
     contenders["arithmetic"] = _start_worker("arithmetic", setting, engine=asdict(options))
     if has_timm():
         contenders["timm-forward"] = _start_timm_forward(setting, compiled=False)

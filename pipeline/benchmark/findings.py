@@ -103,9 +103,7 @@ def _describe_rate(name: str, rate: Rate) -> str:
     )
 
 
-def compare(
-    rates: Mapping[str, Rate], *, engine: str, cores: int, on_gpu: bool
-) -> dict[str, float]:
+def compare(rates: Mapping[str, Rate], *, engine: str, on_gpu: bool) -> dict[str, float]:
     """Return the quotients that matter among the rates that were measured.
 
     Those named ``CPU time`` compare the CPU time of an image, which other load on the machine
@@ -114,10 +112,9 @@ def compare(
     Args:
         rates: By contender.
         engine: The engine that the job ran with.
-        cores: CPU cores of the machine.
         on_gpu: Whether the forward pass ran on a GPU.
     """
-    forwards = [name for name in rates if name.startswith("forward:")]
+    forwards = [name for name in rates if name.startswith("forward:") and "-all" not in name]
     pairs = [
         *itertools.product(forwards, ("timm-forward", "timm-compiled", "arithmetic")),
         *(("host", "pillow"), ("host-fast", "host")),
@@ -128,13 +125,10 @@ def compare(
     for ours, theirs in pairs:
         if ours in rates and theirs in rates:
             ratios |= _divide(ours, theirs, rates[ours], rates[theirs])
-    forward, host = rates.get(f"forward:{engine}"), rates.get("host")
-    if "job" in rates and forward and host:
-        if on_gpu:
-            tighter = min(forward.images_per_s, rates["host-all"].images_per_s)
-            ratios["job / its tighter ceiling, images/s"] = rates["job"].images_per_s / tighter
-        else:
-            ratios |= _compare_to_ceilings(rates["job"], forward, host, cores)
+    everywhere = f"forward:{engine}" if on_gpu else f"forward:{engine}-all"
+    if {"job", "host-all", everywhere} <= set(rates):
+        job, forward, host = rates["job"], rates[everywhere], rates["host-all"]
+        ratios |= _compare_to_ceilings(job, forward, host, shared=not on_gpu)
     return ratios
 
 
@@ -146,20 +140,20 @@ def _divide(ours: str, theirs: str, our_rate: Rate, their_rate: Rate) -> dict[st
     }
 
 
-def _compare_to_ceilings(job: Rate, forward: Rate, host: Rate, cores: int) -> dict[str, float]:
-    """Compare the job with what the forward pass and the host path reach alone.
+def _compare_to_ceilings(job: Rate, forward: Rate, host: Rate, *, shared: bool) -> dict[str, float]:
+    """Compare the job with what forward pass and host path reach alone, on all cores or a GPU.
 
     Args:
-        job: The whole machine's.
-        forward: Of one core.
-        host: Of one core.
-        cores: Cores that share both kinds of work.
+        job: The job.
+        forward: The forward pass alone.
+        host: Everything else alone.
+        shared: Whether both need the same cores, so that neither ceiling can be reached.
     """
-    together_ms = forward.cpu_ms_per_image + host.cpu_ms_per_image
-    tighter_ms = max(forward.cpu_ms_per_image, host.cpu_ms_per_image)
-    together = cores / (1 / forward.images_per_s + 1 / host.images_per_s)
-    return {
-        "job / both ceilings on shared cores, CPU time": together_ms / job.cpu_ms_per_image,
-        "job / both ceilings on shared cores, images/s": job.images_per_s / together,
-        "job / its tighter ceiling, CPU time": tighter_ms / job.cpu_ms_per_image,
-    }
+    tighter = min(forward.images_per_s, host.images_per_s)
+    ratios = {"job / its tighter ceiling, images/s": job.images_per_s / tighter}
+    if shared:
+        together = 1 / (1 / forward.images_per_s + 1 / host.images_per_s)
+        together_ms = forward.cpu_ms_per_image + host.cpu_ms_per_image
+        ratios["job / both ceilings on shared cores, images/s"] = job.images_per_s / together
+        ratios["job / both ceilings on shared cores, CPU time"] = together_ms / job.cpu_ms_per_image
+    return ratios

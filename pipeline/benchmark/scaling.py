@@ -64,7 +64,7 @@ def _list_cases(setting: Setting) -> Iterator[tuple[str, int, SampleSet]]:
 
 
 def _write(setting: Setting, name: str, images: Sequence[bytes], number: int) -> SampleSet:
-    per_shard = max(1, setting.config.images // (8 * setting.cores))
+    per_shard = max(1, setting.config.images // (4 * setting.cores))
     return write_samples(images, number, setting.folder / name, per_shard=per_shard)
 
 
