@@ -19,6 +19,7 @@ from pipeline.benchmark.commands import (
     read_marks,
     run_module,
     run_program,
+    take_sample,
 )
 from pipeline.benchmark.findings import BenchmarkReport, ModelFindings, compare
 from pipeline.benchmark.rounds import Contender, Rate, Sample, summarise, take_turns
@@ -103,6 +104,15 @@ def test_a_program_is_measured_with_the_processes_it_leaves_to_themselves(tmp_pa
     assert run.output == "done\n"
     assert set(run.peak_bytes) == {"driver", "other"}
     assert all(number > 1_000_000 for number in run.peak_bytes.values())
+
+
+def test_what_other_workers_did_before_their_first_mark_does_not_count():
+    watch = ProcessWatch("nobody", os.getpid())
+    marks = [(10.0, 64), (10.5, 128), (20.0, 192), (20.5, 256)]
+    assert take_sample(marks, watch, workers=1).images == 192
+    both = take_sample(marks, watch, workers=2)
+    assert (both.images, both.wall_s) == (128, 10.0)
+    assert take_sample(marks[:2], watch, workers=8).images == 64
 
 
 def test_a_program_that_fails_says_why(tmp_path: Path):

@@ -56,6 +56,7 @@ def run_program(
     *,
     images: int,
     output: Path,
+    workers: int = 1,
     environment: Mapping[str, str] | None = None,
 ) -> Run:
     """Run a Python program that embeds ``images`` images into ``output``.
@@ -64,6 +65,7 @@ def run_program(
         command: Its file and its arguments.
         images: Number of images.
         output: Passed on as ``--output``.
+        workers: How many processes make progress at the same time.
         environment: Variables set for it and the processes it starts.
 
     Raises:
@@ -88,7 +90,7 @@ def run_program(
             f"{errors[-_TAIL_CHARS:].strip()}"
         )
     marks = read_marks(output) or parse_marks(said)
-    sample = take_sample(marks, watch)
+    sample = take_sample(marks, watch, workers=workers)
     startup_s = marks[-1][0] - started_s - images * sample.wall_s / sample.images
     return Run(sample, startup_s, said, watch.peak_bytes)
 
@@ -126,15 +128,19 @@ def parse_marks(output: str) -> Marks:
     return [(line["time"], line["images"]) for line in lines]
 
 
-def take_sample(marks: Marks, watch: "ProcessWatch") -> Sample:
-    """Return what happened between the first and the last mark.
+def take_sample(marks: Marks, watch: "ProcessWatch", *, workers: int = 1) -> Sample:
+    """Return what happened between the first mark of the last worker and the last mark of all.
+
+    When the first of equal workers leaves its first mark, the others are about to, and what they
+    have done until then would count as done afterwards.
 
     Raises:
         AbortError: There are no two marks at different times.
     """
-    if len(marks) < 2 or marks[-1][0] <= marks[0][0]:
+    start = max(0, min(workers, len(marks) - 1) - 1)
+    if len(marks) < 2 or marks[-1][0] <= marks[start][0]:
         raise AbortError(f"only {len(marks)} marks of progress; measure with more --images")
-    (first_s, before), (last_s, total) = marks[0], marks[-1]
+    (first_s, before), (last_s, total) = marks[start], marks[-1]
     cpu_s = watch.cpu_until(last_s) - watch.cpu_until(first_s)
     return Sample(total - before, last_s - first_s, cpu_s)
 

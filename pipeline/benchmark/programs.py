@@ -71,21 +71,22 @@ def _name_model(setting: Setting) -> list[str]:
     return [*named, "--batch-size", str(setting.batch_size)]
 
 
-def run_job(command: Sequence[str], samples: SampleSet, folder: Path) -> Run:
+def run_job(command: Sequence[str], samples: SampleSet, folder: Path, *, actors: int) -> Run:
     """Run the job over samples, into an output that is removed afterwards."""
-    return _run_once([*command, "--input", samples.shards], samples, folder)
+    return _run_once([*command, "--input", samples.shards], samples, folder, workers=actors)
 
 
-def _run_once(command: Sequence[str], samples: SampleSet, folder: Path) -> Run:
+def _run_once(command: Sequence[str], samples: SampleSet, folder: Path, *, workers: int = 1) -> Run:
     output = folder / f"output-{time.monotonic_ns()}"
-    run = run_program(command, images=samples.images, output=output)
+    run = run_program(command, images=samples.images, output=output, workers=workers)
     shutil.rmtree(output, ignore_errors=True)
     return run
 
 
 def _run(name: str, command: Sequence[str], setting: Setting) -> Run:
     if name.startswith("job"):
-        run = run_job(command, setting.samples, setting.folder)
+        actors = setting.config.actors or setting.devices
+        run = run_job(command, setting.samples, setting.folder, actors=actors)
     else:
         given = [*command, "--images", setting.samples.files]
         run = _run_once(given, setting.samples, setting.folder)

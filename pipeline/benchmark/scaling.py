@@ -3,8 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from pipeline.benchmark.commands import Run
 from pipeline.benchmark.programs import make_job_command, run_job
 from pipeline.benchmark.samples import SampleSet, draw_photograph, write_samples
@@ -43,7 +41,8 @@ def measure_scaling(setting: Setting) -> list[ScalingRow]:
     rows = []
     for case, actors, samples in _list_cases(setting):
         command = [*make_job_command(setting), *_limit_actors(actors, setting)]
-        row = _make_row(case, actors, samples, run_job(command, samples, setting.folder))
+        run = run_job(command, samples, setting.folder, actors=actors)
+        row = _make_row(case, actors, samples, run)
         LOG.info("%s %s images_per_s=%.1f", setting.model, case, row.images_per_s)
         rows.append(row)
     return rows
@@ -51,16 +50,19 @@ def measure_scaling(setting: Setting) -> list[ScalingRow]:
 
 def _list_cases(setting: Setting) -> Iterator[tuple[str, int, SampleSet]]:
     number = setting.config.images
-    most = setting.cores if setting.device == "cpu" else torch.cuda.device_count()
     for actors in _ACTORS:
         yield f"{actors} actors", actors, setting.samples
     for times in _TIMES:
         images = [draw_photograph(seed) for seed in range(_DRAWN_IMAGES)]
-        yield f"{times}x the images", most, _write(setting, f"x{times}", images, number * times)
+        yield (
+            f"{times}x the images",
+            setting.devices,
+            _write(setting, f"x{times}", images, number * times),
+        )
     for name, size in (("tiny", _TINY), ("huge", _HUGE)):
         images = [draw_photograph(seed, size) for seed in range(_DRAWN_IMAGES)]
         case = f"{name} images, {size[0]}x{size[1]}"
-        yield case, most, _write(setting, name, images, number)
+        yield case, setting.devices, _write(setting, name, images, number)
 
 
 def _write(setting: Setting, name: str, images: Sequence[bytes], number: int) -> SampleSet:
@@ -70,11 +72,8 @@ def _write(setting: Setting, name: str, images: Sequence[bytes], number: int) ->
 
 def _limit_actors(actors: int, setting: Setting) -> list[str]:
     """Return the arguments for so many actors, which share devices where there are fewer."""
-    if setting.device == "cpu":
-        devices, flag = setting.cores, "--cpus-per-actor"
-    else:
-        devices, flag = torch.cuda.device_count(), "--gpus-per-actor"
-    return ["--actors", str(actors), flag, f"{min(1.0, devices / actors):g}"]
+    flag = "--cpus-per-actor" if setting.device == "cpu" else "--gpus-per-actor"
+    return ["--actors", str(actors), flag, f"{min(1.0, setting.devices / actors):g}"]
 
 
 def _make_row(case: str, actors: int, samples: SampleSet, run: Run) -> ScalingRow:

@@ -46,6 +46,11 @@ class Setting:
         """Images in one forward pass."""
         return self.config.batch_size or (16 if self.device == "cpu" else 128)
 
+    @property
+    def devices(self) -> int:
+        """How many actors the job has unless told otherwise."""
+        return self.cores if self.device == "cpu" else torch.cuda.device_count()
+
 
 def prepare_setting(
     config: BenchmarkConfig, model: str, folder: Path, *, short: SampleSet, samples: SampleSet

@@ -268,4 +268,6 @@ def _exclude(kind: str, rows: int, dim: int) -> str:
     simpler = {"rabitq": "flat", "ivf-rabitq": "rabitq"}.get(kind)
     if simpler is None or is_fast(simpler, rows, dim):
         return ""
-    return f", where {simpler} takes about {estimate_scan_ms(simpler, rows, dim):.2g} ms a query"
+    scan_ms = estimate_scan_ms(simpler, rows, dim)
+    shown = f"{scan_ms:,.0f}" if scan_ms >= 10 else f"{scan_ms:.1f}"
+    return f", where {simpler} takes about {shown} ms a query"
