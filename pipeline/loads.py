@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline.containers.found import ReadOptions
@@ -19,7 +20,7 @@ from pipeline.records import Chunk, Record, Shard
 from pipeline.storage import Storage
 
 _TASK_BYTES = 256 * 2**20
-_LOAD_BYTES = 256 * 2**20
+_LOAD_BYTES = 128 * 2**20
 _LOAD_CHUNKS = 16
 _LOADS_PER_ACTOR = 8
 
@@ -56,7 +57,8 @@ def bound_loads(
     if not to_gpu:
         return LoadBounds(options.chunk_images, options.chunk_bytes)
     share = sum(shard.size_bytes for shard in shards) // (_LOADS_PER_ACTOR * actors)
-    return LoadBounds(_LOAD_CHUNKS * options.chunk_images, min(_LOAD_BYTES, share))
+    nbytes = min(_LOAD_BYTES, _LOAD_CHUNKS * options.chunk_bytes, share)
+    return LoadBounds(_LOAD_CHUNKS * options.chunk_images, nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +120,11 @@ def read_loads(
         size = sum(len(record.data) for record in records)
         full = num_images + len(records) > bounds.images or nbytes + size > bounds.nbytes
         if items and full:
-            yield _pack_load(items, time.perf_counter() - start_s)
-            items, num_images, nbytes, start_s = [], 0, 0, time.perf_counter()
+            load = _pack_load(items, time.perf_counter() - start_s)
+            items, num_images, nbytes = [], 0, 0
+            yield load
+            del load  # nothing that was sent stays in memory while the next is read
+            start_s = time.perf_counter()
         items.append(item)
         num_images += len(records)
         nbytes += size
@@ -145,8 +150,16 @@ def _pack_load(items: Sequence[tuple[Shard, Chunk] | FailedShard], read_s: float
     images = [record.data for _, chunk in chunks for record in chunk.records]
     bare = [(replace(shard, members=()), _strip(chunk)) for shard, chunk in chunks]
     header = pickle.dumps(Load(bare, failed, read_s))
-    columns = [pa.array([header], pa.binary()), pa.array([images], LOAD_SCHEMA.field(1).type)]
+    columns = [pa.array([header], pa.binary()), _join_images(images)]
     return pa.table(columns, schema=LOAD_SCHEMA)
+
+
+def _join_images(images: Sequence[bytes]) -> pa.Array:
+    """Return a list of one row, in a buffer of just its size; a builder's may be twice that."""
+    offsets = np.cumsum([0, *map(len, images)], dtype=np.int64)
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(images))]
+    values = pa.Array.from_buffers(pa.large_binary(), len(images), buffers)
+    return pa.ListArray.from_arrays(pa.array([0, len(images)], pa.int32()), values)
 
 
 def _strip(chunk: Chunk) -> Chunk:

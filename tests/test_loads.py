@@ -42,8 +42,10 @@ def test_small_shards_travel_together_but_leave_work_for_every_actor():
 def test_a_gpu_is_sent_many_chunks_at_once_but_no_large_share_of_the_input():
     options = ReadOptions(chunk_images=100)
     large, small = make_sizes([2**30] * 64), make_sizes([2**20] * 64)
-    assert bound_loads(large, options, actors=8, to_gpu=True) == LoadBounds(1600, 256 * 2**20)
+    assert bound_loads(large, options, actors=8, to_gpu=True) == LoadBounds(1600, 128 * 2**20)
     assert bound_loads(small, options, actors=8, to_gpu=True) == LoadBounds(1600, 2**20)
+    narrow = ReadOptions(chunk_images=100, chunk_bytes=2**20)
+    assert bound_loads(large, narrow, actors=8, to_gpu=True) == LoadBounds(1600, 16 * 2**20)
     on_cpu = bound_loads(large, options, actors=8, to_gpu=False)
     assert on_cpu == LoadBounds(100, options.chunk_bytes)
 
