@@ -14,7 +14,7 @@ from pipeline.actors import FlowSettings, make_flow_settings
 from pipeline.backbones import find_backbone
 from pipeline.config import EmbedConfig, parse_failure_limit
 from pipeline.efficiency import judge_run
-from pipeline.errors import CorruptionError, SettingsError, StorageError
+from pipeline.errors import CorruptionError, SettingsError, StorageError, TooManyFailuresError
 from pipeline.estimate import DryRunReport, count_shards, estimate_run, list_again
 from pipeline.lease import Lease
 from pipeline.metrics import DriverMetrics
@@ -173,10 +173,17 @@ class _Run:
         )
         self._apply_changes(plan)
         if plan.embed:
-            self._embed_shards(plan.embed)
+            try:
+                self._embed_shards(plan.embed)
+            except TooManyFailuresError as error:  # the report says which, and counts what is done
+                error.report = self._finish(plan, commits)
+                raise
         if self._config.prune:
             LOG.info("pruned files=%d", prune_output(output, self._storage))
-        return self._finish(plan, commits)
+        report = self._finish(plan, commits)
+        if self._failed_shards:
+            raise _describe_failed_shards(report)
+        return report
 
     def _apply_changes(self, plan: Plan) -> None:
         """Bring back shards whose source is back, take out those whose source is gone."""
@@ -217,7 +224,8 @@ class _Run:
                     pending.append(pool.submit(self._commit, opened))
                     metrics.count_commit()
                 pending = _drop_finished(pending)
-                self._counters.mark(time.time() - sent_s)
+                self._embed_ended_s = time.time()
+                self._counters.mark(self._embed_ended_s - sent_s)
                 self._counters.check_limit(*limits)
                 progress.update(
                     images=self._counters.rows,
@@ -225,8 +233,6 @@ class _Run:
                     done_bytes=self._counters.encoded_bytes,
                 )
             _ = [future.result() for future in pending]
-            self._embed_ended_s = time.time()
-        self._embed_started_s = min(self._embed_started_s, self._embed_ended_s)
         self._counters.check_limit(*limits, final=True)
         if unfinished := set(open_shards) - set(self._failed_shards):
             raise CorruptionError(
@@ -307,6 +313,7 @@ class _Run:
 
     def _finish(self, plan: Plan, before: Mapping[str, Commit]) -> EmbedReport:
         """Balance the books against what the output holds now, and write the report."""
+        self._embed_started_s = min(self._embed_started_s, self._embed_ended_s)
         live = list_commits(self._config.output, self._storage)
         statuses = count_statuses(commit.statuses for commit in self._committed.values())
         kept = [key for key in before if key in live and key not in self._committed]
@@ -350,8 +357,6 @@ class _Run:
             timeline=self._counters.timeline,
         )
         self._write_report(report)
-        if self._failed_shards:
-            raise _describe_failed_shards(report)
         return report
 
     def _write_report(self, report: EmbedReport) -> None:

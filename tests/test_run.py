@@ -34,6 +34,7 @@ from pipeline.errors import (
 )
 from pipeline.lease import Lease
 from pipeline.parts import list_commits, list_retired
+from pipeline.report import EmbedReport
 from pipeline.run import embed
 from pipeline.storage import Storage
 
@@ -369,8 +370,15 @@ def test_failures_stop_a_run_at_their_limit_and_are_tried_again_on_request(
     write_tar(tmp_path / "in" / "a.tar", [(f"{i}.jpg", make_jpeg(i)) for i in range(4)])
     write_tar(tmp_path / "in" / "b.tar", [("small.png", encode(make_picture(0, (9, 9)), "PNG"))])
     config = make_config(tmp_path / "in", tmp_path / "out", weights, max_pixels=100)
-    with pytest.raises(TooManyFailuresError, match=r"4 of \d images failed \(4 too_large\)"):
+    with pytest.raises(
+        TooManyFailuresError, match=r"4 of \d images failed \(4 too_large\)"
+    ) as told:
         embed(replace(config, max_failures="3"))
+    stopped = told.value.report
+    assert isinstance(stopped, EmbedReport)
+    assert stopped.images.failed.get("too_large", 0) in (0, 4)  # committed before the stop, or not
+    assert 0 <= stopped.embed_seconds < 300
+    assert len(list((tmp_path / "out" / "runs").glob("*.html"))) == 1
     with pytest.raises(TooManyFailuresError, match="than --max-failures allows"):
         embed(replace(config, max_failures="50%", output=str(tmp_path / "other")))
     report = embed(config)
