@@ -263,6 +263,9 @@ def test_the_benchmark_measures_variants_and_scaling_of_the_job(tmp_path: Path):
     found = json.loads(output.read_text())["models"]["ese_vovnet19b_dw.ra_in1k"]
     assert {"job", "job-fast", "job-decode-stage"} <= set(found["rates"])
     assert "job-fast / job, CPU time" in found["ratios"]
+    assert {"list", "read", "decode", "transform", "forward", "write", "idle"} <= set(
+        found["rates"]["job"]["stages_ms"]
+    )
     scaling = found["tables"]["Scaling"]
     assert [row["case"] for row in scaling][:4] == [
         "1 actors",

@@ -61,7 +61,7 @@ class BenchmarkReport:
 def _render_findings(found: ModelFindings) -> list[str]:
     lines = []
     if found.rates:
-        lines += ["| what | images/s | CPU ms/image | start-up s | stages, CPU ms/image |"]
+        lines += ["| what | images/s | CPU ms/image | start-up s | stages, ms/image |"]
         lines += ["|---|---:|---:|---:|---|"]
         lines += [*(_describe_rate(name, rate) for name, rate in found.rates.items()), ""]
     if found.ratios:

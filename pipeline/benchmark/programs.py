@@ -5,7 +5,9 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pipeline.benchmark.commands import Run, run_program
 from pipeline.benchmark.rounds import Rate, summarise
@@ -28,7 +30,7 @@ def measure_programs(setting: Setting) -> tuple[dict[str, Rate], tuple[str, ...]
         order = list(programs)
         for name in order if index % 2 == 0 else reversed(order):
             runs[name].append(_run(name, programs[name], setting))
-    rates = {name: _summarise(found) for name, found in runs.items()}
+    rates = {name: _summarise(name, found) for name, found in runs.items()}
     return rates, tuple(_find_advice(runs.get("job", ())))
 
 
@@ -100,13 +102,26 @@ def _run(name: str, command: Sequence[str], setting: Setting) -> Run:
     return run
 
 
-def _summarise(runs: Sequence[Run]) -> Rate:
+def _summarise(name: str, runs: Sequence[Run]) -> Rate:
     startup_s = statistics.median(run.startup_s for run in runs)
-    return summarise([run.sample for run in runs], startup_s=startup_s)
+    rate = summarise([run.sample for run in runs], startup_s=startup_s)
+    return replace(rate, stages_ms=_read_stages(runs[-1])) if name.startswith("job") else rate
+
+
+def _read_report(run: Run) -> Mapping[str, Any]:
+    report: Mapping[str, Any] = json.loads(run.output.splitlines()[-1])
+    return report
+
+
+def _read_stages(run: Run) -> dict[str, float]:
+    """Return where the time of an image went by the job's own report, milliseconds."""
+    report = _read_report(run)
+    images = sum(report["rows"].values())
+    return {stage: 1e3 * s / images for stage, s in report["stage_seconds"].items()}
 
 
 def _find_advice(runs: Sequence[Run]) -> Iterator[str]:
     """Yield what the job's own report says of its last run."""
     for run in runs[-1:]:
-        judged = json.loads(run.output.splitlines()[-1])["efficiency"]
+        judged = _read_report(run)["efficiency"]
         yield f"{judged['reached']:.0%} of the ceiling by the job's own report; {judged['advice']}."
