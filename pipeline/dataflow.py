@@ -135,7 +135,7 @@ def _build_flow(
             _ShardDatasource(groups, settings, bounds),
             override_num_blocks=len(groups),
             num_cpus=_READ_CPUS,
-            concurrency=min(_count_readers(resources), len(groups)),
+            concurrency=min(_count_readers(resources, simulated=stand_in is not None), len(groups)),
         )
         if resources.decoders:
             dataset = dataset.map_batches(
@@ -205,9 +205,14 @@ def _make_context(resources: Resources) -> ray.data.DataContext:
     return context
 
 
-def _count_readers(resources: Resources) -> int:
-    """Return how many shards to stream at once; each stream gives some 1,000 images a second."""
-    return 4 * resources.actors if resources.gpus else max(2, resources.actors // 4)
+def _count_readers(resources: Resources, *, simulated: bool) -> int:
+    """Return how many shards to stream at once; each stream gives some 1,000 images a second.
+
+    A simulation has all its processes on one machine, and its images are tiny.
+    """
+    if resources.gpus and not simulated:
+        return 4 * resources.actors
+    return max(2, resources.actors // 4)
 
 
 def _choose_pool(resources: Resources) -> ray.data.ActorPoolStrategy:
