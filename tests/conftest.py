@@ -58,6 +58,11 @@ def faulty_s3(s3_server: S3Server) -> Iterator[FaultyProxy]:
         yield proxy
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put tests that need a Ray of their own in this process last."""
+    items.sort(key=lambda item: "serve_on_ray" in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
     """Address of a Ray cluster with two cores; this process has joined it, others may."""

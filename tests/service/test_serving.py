@@ -88,6 +88,7 @@ def serve_on_ray():
 
     from pipeline.service.cluster import start_replicas
 
+    ray.shutdown()  # the cluster of other tests, none of which come after this one
     ray.init(
         num_cpus=3, include_dashboard=False, log_to_driver=False, address="local", namespace="test"
     )
