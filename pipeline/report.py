@@ -125,12 +125,17 @@ class Counters:
         self.notes: Counter[str] = Counter()
         self.batch_size = 0
         self.timeline: list[tuple[float, int]] = []
+        self._mark_every_s = 0.0
 
     def mark(self, seconds: float) -> None:
-        """Note how far the run is; the notes stay few however long it goes."""
-        self.timeline.append((round(seconds, 2), self.rows))
-        if len(self.timeline) > _MAX_MARKS:
-            del self.timeline[1:-1:2]
+        """Note how far the run is; the notes stay few, and evenly spread, however long it goes."""
+        line = self.timeline
+        if len(line) > 1 and seconds - line[-2][0] < self._mark_every_s:
+            line.pop()
+        line.append((round(seconds, 2), self.rows))
+        if len(line) > _MAX_MARKS:
+            del line[1:-1:2]
+            self._mark_every_s = 2 * (line[-1][0] - line[0][0]) / _MAX_MARKS
 
     @property
     def rows(self) -> int:

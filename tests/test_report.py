@@ -1,6 +1,7 @@
 """Counters, limits and the books of a run."""
 
 import logging
+from itertools import pairwise
 
 import pytest
 
@@ -72,3 +73,15 @@ def test_log_lines_go_to_standard_error_once(capsys):
     assert captured.out == ""
     assert captured.err.count("WARNING event=one") == 1
     assert "unseen" not in captured.err
+
+
+def test_the_timeline_of_a_long_run_stays_short_and_evenly_spread():
+    counters = Counters()
+    for number in range(1, 10_001):
+        counters.statuses["ok"] = number
+        counters.mark(0.01 * number)
+    assert len(counters.timeline) <= 401
+    assert counters.timeline[0] == (0.01, 1)
+    assert counters.timeline[-1] == (100.0, 10_000)
+    gaps = [later[0] - earlier[0] for earlier, later in pairwise(counters.timeline)]
+    assert max(gaps) < 2.0

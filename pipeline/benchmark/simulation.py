@@ -104,7 +104,7 @@ def simulate(simulation: Simulation, folder: Path) -> SimulationFindings:
     return SimulationFindings(
         chunks_per_s=_rate(early, late),
         reached=_rate(early, late) * simulation.chunk_s / simulation.actors,
-        late_over_early=_rate(middle, late) / _rate(early, middle),
+        late_over_early=_rate(middle, late) / max(1e-9, _rate(early, middle)),
         list_s=report.stage_seconds["list"],
         startup_s=report.startup_seconds,
         seconds=report.seconds,
