@@ -210,8 +210,8 @@ def _count_readers(resources: Resources, *, simulated: bool) -> int:
 
     A simulation has all its processes on one machine, and its images are tiny.
     """
-    if resources.gpus and not simulated:
-        return 4 * resources.actors
+    if resources.gpus:
+        return resources.actors if simulated else 4 * resources.actors
     return max(2, resources.actors // 4)
 
 
