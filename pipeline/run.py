@@ -147,6 +147,23 @@ class _Run:
         """Bring the output up to date and report."""
         self._stand_in = stand_in
         self._counters.seconds["list"] = list_s
+        plan, commits = self._plan(listing)
+        self._apply_changes(plan)
+        if plan.embed:
+            try:
+                self._embed_shards(plan.embed)
+            except TooManyFailuresError as error:  # the report says which, and counts what is done
+                error.report = self._finish(plan, commits)
+                raise
+        if self._config.prune:
+            LOG.info("pruned files=%d", prune_output(self._config.output, self._storage))
+        report = self._finish(plan, commits)
+        if self._failed_shards:
+            raise _describe_failed_shards(report)
+        return report
+
+    def _plan(self, listing: Listing) -> tuple[Plan, Mapping[str, Commit]]:
+        """Return what is to be done, and the commits that are live before it."""
         output = self._config.output
         commits, superseded = list_present_commits(output, self._storage)
         for shard_id in superseded:  # left by a run that was killed between commit and clean-up
@@ -171,19 +188,7 @@ class _Run:
             len(plan.restored),
             len(plan.removed),
         )
-        self._apply_changes(plan)
-        if plan.embed:
-            try:
-                self._embed_shards(plan.embed)
-            except TooManyFailuresError as error:  # the report says which, and counts what is done
-                error.report = self._finish(plan, commits)
-                raise
-        if self._config.prune:
-            LOG.info("pruned files=%d", prune_output(output, self._storage))
-        report = self._finish(plan, commits)
-        if self._failed_shards:
-            raise _describe_failed_shards(report)
-        return report
+        return plan, commits
 
     def _apply_changes(self, plan: Plan) -> None:
         """Bring back shards whose source is back, take out those whose source is gone."""
@@ -311,15 +316,26 @@ class _Run:
         )
         return sum(commit.rows for commit in plan.removed) + sum(shrunk)
 
+    def _count_images(
+        self, plan: Plan, before: Mapping[str, Commit], live: Mapping[str, Commit]
+    ) -> ImageCounts:
+        statuses = count_statuses(commit.statuses for commit in self._committed.values())
+        kept = [before[key] for key in before if key in live and key not in self._committed]
+        restored = [commit for commit, _ in plan.restored]
+        removed_rows = self._count_removed(plan, before)
+        return ImageCounts(
+            listed=sum(commit.rows for commit in live.values()) + removed_rows,
+            embedded=statuses.get("ok", 0),
+            failed={status: n for status, n in statuses.items() if status != "ok"},
+            carried_over=sum(commit.rows for commit in [*kept, *restored]),
+            removed=removed_rows,
+        )
+
     def _finish(self, plan: Plan, before: Mapping[str, Commit]) -> EmbedReport:
         """Balance the books against what the output holds now, and write the report."""
         self._embed_started_s = min(self._embed_started_s, self._embed_ended_s)
         live = list_commits(self._config.output, self._storage)
-        statuses = count_statuses(commit.statuses for commit in self._committed.values())
-        kept = [key for key in before if key in live and key not in self._committed]
-        restored = [commit for commit, _ in plan.restored]
-        carried_rows = sum(commit.rows for commit in [*map(before.__getitem__, kept), *restored])
-        removed_rows = self._count_removed(plan, before)
+        images = self._count_images(plan, before, live)
         report = EmbedReport(
             run_id=self._run_id,
             output=self._config.output,
@@ -329,20 +345,14 @@ class _Run:
             seconds=time.time() - self._started_s,
             embed_seconds=self._embed_ended_s - self._embed_started_s,
             startup_seconds=self._embed_started_s - self._started_s,
-            images=ImageCounts(
-                listed=sum(commit.rows for commit in live.values()) + removed_rows,
-                embedded=statuses.get("ok", 0),
-                failed={status: n for status, n in statuses.items() if status != "ok"},
-                carried_over=carried_rows,
-                removed=removed_rows,
-            ),
+            images=images,
             shards=count_shards(plan)
             | {"embedded": len(self._committed), "failed": len(self._failed_shards)},
             rows=count_statuses(commit.statuses for commit in live.values()),
             images_per_s=self._counters.rows
             / max(1e-9, self._embed_ended_s - self._embed_started_s),
             efficiency=judge_run(
-                statuses.get("ok", 0),
+                images.embedded,
                 self._embed_ended_s - self._embed_started_s,
                 self._counters.seconds,
                 self._resources,
