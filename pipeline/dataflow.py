@@ -127,16 +127,8 @@ def _build_flow(
     resources: Resources,
     stand_in: type | None,
 ) -> Iterable[pa.Table]:
-    groups = group_shards(shards, num_groups=4 * resources.actors)
-    to_gpu = resources.gpus > 0 and not resources.decoders
-    bounds = bound_loads(shards, settings.read, actors=resources.actors, to_gpu=to_gpu)
     with ray.data.DataContext.current(_make_context(resources)):
-        dataset = ray.data.read_datasource(
-            _ShardDatasource(groups, settings, bounds),
-            override_num_blocks=len(groups),
-            num_cpus=_READ_CPUS,
-            concurrency=min(_count_readers(resources, simulated=stand_in is not None), len(groups)),
-        )
+        dataset = _read(shards, settings, resources, simulated=stand_in is not None)
         if resources.decoders:
             dataset = dataset.map_batches(
                 DecodeActor,
@@ -158,6 +150,20 @@ def _build_flow(
         batch_size=None, batch_format="pyarrow", prefetch_batches=0
     )
     return batches
+
+
+def _read(
+    shards: Sequence[Shard], settings: FlowSettings, resources: Resources, *, simulated: bool
+) -> ray.data.Dataset:
+    groups = group_shards(shards, num_groups=4 * resources.actors)
+    to_gpu = resources.gpus > 0 and not resources.decoders
+    bounds = bound_loads(shards, settings.read, actors=resources.actors, to_gpu=to_gpu)
+    return ray.data.read_datasource(
+        _ShardDatasource(groups, settings, bounds),
+        override_num_blocks=len(groups),
+        num_cpus=_READ_CPUS,
+        concurrency=min(_count_readers(resources, simulated=simulated), len(groups)),
+    )
 
 
 @contextmanager
