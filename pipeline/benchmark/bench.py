@@ -22,14 +22,13 @@ from pipeline.benchmark.rounds import Contender, Rate, summarise, take_turns
 from pipeline.benchmark.samples import collect_images, write_samples
 from pipeline.benchmark.scaling import measure_scaling
 from pipeline.benchmark.setting import JOBS, Setting, count_cores, has_timm, prepare_setting
-from pipeline.benchmark.tables import measure_tables
+from pipeline.benchmark.tables import MEASURES, measure_tables
 from pipeline.config import BenchmarkConfig, StorageOptions
 from pipeline.engines import DTYPES, EngineOptions
 from pipeline.report import LOG
 from pipeline.storage import Storage
 
 _ROUND_IMAGES = 128  # most images in a round of what is measured in a process of its own
-_PER_MODEL = ("forward", "host", "job", "dataloader", "ray-recipe", "decode", "overlap", "scaling")
 _SHARDS_PER_CORE = 4  # so that a program's marks of progress are several, and its batches full
 
 
@@ -40,23 +39,26 @@ def benchmark(config: BenchmarkConfig) -> BenchmarkReport:
         SettingsError: The settings are wrong.
         AbortError: Something that was measured failed.
     """
-    models = list_backbones() if "all" in config.model else config.model
     with _make_folder(config.work_dir) as folder:
-        images = collect_images(config.input, config.images, StorageOptions())
-        number = min(config.images, _ROUND_IMAGES)
-        per_shard = max(1, min(256, config.images // (_SHARDS_PER_CORE * count_cores())))
-        short = write_samples(images, number, folder / "round", per_shard=per_shard)
-        samples = write_samples(images, config.images, folder / "whole", per_shard=per_shard)
-        found = {}
-        for model in models:
-            setting = prepare_setting(config, model, folder, short=short, samples=samples)
-            if set(config.measure) & set(_PER_MODEL):
-                found[model] = _measure(setting)
+        models = _measure_models(config, folder) if set(config.measure) - set(MEASURES) else {}
         tables = measure_tables(config, folder)
-    report = BenchmarkReport(_describe_machine(), asdict(config), found, tables)
+    report = BenchmarkReport(_describe_machine(), asdict(config), models, tables)
     if config.output:
         Storage().put(config.output, json.dumps(report.to_dict(), indent=2).encode())
     return report
+
+
+def _measure_models(config: BenchmarkConfig, folder: Path) -> dict[str, ModelFindings]:
+    images = collect_images(config.input, config.images, StorageOptions())
+    number = min(config.images, _ROUND_IMAGES)
+    per_shard = max(1, min(256, config.images // (_SHARDS_PER_CORE * count_cores())))
+    short = write_samples(images, number, folder / "round", per_shard=per_shard)
+    samples = write_samples(images, config.images, folder / "whole", per_shard=per_shard)
+    found = {}
+    for model in list_backbones() if "all" in config.model else config.model:
+        setting = prepare_setting(config, model, folder, short=short, samples=samples)
+        found[model] = _measure(setting)
+    return found
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def compare(rates: Mapping[str, Rate], *, engine: str, on_gpu: bool) -> dict[str
         engine: The engine that the job ran with.
         on_gpu: Whether the forward pass ran on a GPU.
     """
-    forwards = [name for name in rates if name.startswith("forward:") and "-all" not in name]
+    forwards = [n for n in rates if n.startswith("forward:") and not n.endswith("-all")]
     pairs = [
         *itertools.product(forwards, ("timm-forward", "timm-compiled", "arithmetic")),
         *(("host", "pillow"), ("host-fast", "host")),

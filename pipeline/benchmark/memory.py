@@ -17,10 +17,10 @@ from PIL import Image
 
 from pipeline.benchmark.commands import run_program
 from pipeline.benchmark.samples import draw_photograph, write_shard
+from pipeline.benchmark.setting import JOBS
 from pipeline.errors import AbortError
 from pipeline.report import LOG
 
-_JOB = Path(__file__).parents[2] / "jobs" / "embed.py"
 _COMMAND = (
     *("--model", "ese_vovnet19b_dw.ra_in1k", "--weights", "random:0", "--image-size", "32"),
     *("--actors", "1", "--log-level", "warning"),
@@ -191,7 +191,7 @@ def _run_case(
     if case.object_store_bytes:
         store_bytes = str(case.object_store_bytes)
         environment["RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES"] = store_bytes
-    command = [str(_JOB), "--input", str(shards), *_COMMAND, *case.flags]
+    command = [str(JOBS / "embed.py"), "--input", str(shards), *_COMMAND, *case.flags]
     run = run_program(command, images=case.images, output=output, environment=environment)
     report = json.loads(run.output.splitlines()[-1])
     if sum(report["rows"].values()) != case.images:

@@ -18,7 +18,7 @@ _SIMULATED_CHUNK_S = 0.1  # 256 images at 2,500 a second
 def measure_tables(config: BenchmarkConfig, folder: Path) -> dict[str, list[Row]]:
     """Measure what is wanted; return rows by the title of their table."""
     tables: dict[str, list[Row]] = {}
-    for name, measure in _MEASURES.items():
+    for name, measure in MEASURES.items():
         if name in config.measure:
             own = folder / name
             own.mkdir()
@@ -101,11 +101,12 @@ def _simulate(config: BenchmarkConfig, _: Path) -> dict[str, list[Row]]:
     return {"Simulation": [simulation | run_module("pipeline.benchmark.simulation", simulation)]}
 
 
-_MEASURES: Mapping[str, Callable[[BenchmarkConfig, Path], dict[str, list[Row]]]] = {
+MEASURES: Mapping[str, Callable[[BenchmarkConfig, Path], dict[str, list[Row]]]] = {
     "memory": _measure_memory,
     "index": _measure_index,
     "simulation": _simulate,
 }
+"""What is measured once for the machine, by its name in ``BenchmarkConfig.measure``."""
 
 
 def _join(pairs: Iterable[tuple[str, Any]]) -> str:
