@@ -118,9 +118,11 @@ def _list_forward_contenders(setting: Setting) -> dict[str, Contender]:
             )
     contenders["arithmetic"] = _start_worker("arithmetic", setting, engine=asdict(options))
     if has_timm():
-        contenders["timm-forward"] = _start_timm_forward(setting, compiled=False)
+        contenders["timm-forward"] = _start_timm_forward(setting, form="eager")
         if setting.device != "cpu" or "torch-compile" in config.engine:
-            contenders["timm-compiled"] = _start_timm_forward(setting, compiled=True)
+            contenders["timm-compiled"] = _start_timm_forward(setting, form="compiled")
+        if "openvino" in config.engine:
+            contenders["timm-openvino"] = _start_timm_forward(setting, form="openvino")
     return contenders
 
 
@@ -150,15 +152,14 @@ def _start_worker(kind: str, setting: Setting, *, processes: int = 1, **changed:
     return Contender(command, processes=processes)
 
 
-def _start_timm_forward(setting: Setting, *, compiled: bool) -> Contender:
-    """Start timm as it comes, or as fast as its users make it; both in the same precision."""
+def _start_timm_forward(setting: Setting, *, form: str) -> Contender:
+    """Start timm as it comes, or as fast as its users make it; all in the same precision."""
     spec = {
         "model": setting.model,
         "weights": setting.weights,
         "device": setting.device,
         "dtype": str(DTYPES[setting.config.precision]).removeprefix("torch."),
-        "channels_last": compiled,
-        "compiled": compiled,
+        "form": form,
         "image_size": setting.data_config.image_size,
         "batch_size": setting.batch_size,
         "images": setting.short.images,

@@ -117,6 +117,7 @@ def compare(rates: Mapping[str, Rate], *, engine: str, on_gpu: bool) -> dict[str
     forwards = [n for n in rates if n.startswith("forward:") and not n.endswith("-all")]
     pairs = [
         *itertools.product(forwards, ("timm-forward", "timm-compiled", "arithmetic")),
+        ("forward:openvino", "timm-openvino"),
         *(("host", "pillow"), ("host-fast", "host")),
         *(("job", "dataloader"), ("job", "ray-recipe")),
         *(("job-fast", "job"), ("job-decode-stage", "job")),
