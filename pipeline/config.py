@@ -470,17 +470,25 @@ class BenchmarkConfig:
     simulated_shards: int = 10_000
     """Shards of the simulation."""
     simulated_actors: int = 64
-    """GPUs of the simulation, eight to a node; each is a process on this machine."""
+    """GPUs of the simulation, eight to a node; each is two processes on this machine."""
+    simulated_chunk_s: float = 0.5
+    """Time a simulated GPU takes for a chunk of 256 images; with too short a time, a simulation
+    measures this machine's cores."""
     output: str | None = None
     """Also write the report to this file, as JSON."""
     work_dir: str | None = None
     """Folder for samples and outputs, removed afterwards; the system's temporary one otherwise."""
 
     def __post_init__(self) -> None:
-        for name in ("images", "rounds", "batch_size", "actors", "index_dim"):
+        counts = ("images", "rounds", "batch_size", "actors", "index_dim")
+        for name in (*counts, "simulated_shards", "simulated_actors"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name} is {value}; it must be at least 1")
+        if self.simulated_chunk_s <= 0:
+            raise SettingsError(
+                f"simulated_chunk_s is {self.simulated_chunk_s}; it must be above 0"
+            )
         if not 0 < self.memory_scale <= 1:
             raise SettingsError(f"memory_scale is {self.memory_scale}; it must be in (0, 1]")
         if self.images < 8:

@@ -12,8 +12,6 @@ from pipeline.index.benchmark import IndexCost, measure_index
 from pipeline.index.selection import Selection, tabulate_selection
 from pipeline.report import LOG
 
-_SIMULATED_CHUNK_S = 0.1  # 256 images at 2,500 a second
-
 
 def measure_tables(config: BenchmarkConfig, folder: Path) -> dict[str, list[Row]]:
     """Measure what is wanted; return rows by the title of their table."""
@@ -96,7 +94,7 @@ def _simulate(config: BenchmarkConfig, _: Path) -> dict[str, list[Row]]:
     simulation = {
         "shards": config.simulated_shards,
         "actors": config.simulated_actors,
-        "chunk_s": _SIMULATED_CHUNK_S,
+        "chunk_s": config.simulated_chunk_s,
     }
     return {"Simulation": [simulation | run_module("pipeline.benchmark.simulation", simulation)]}
 
