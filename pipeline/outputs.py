@@ -36,10 +36,22 @@ def describe_output(
     else:
         weights = load_weights(config.model, config.weights, storage=storage)
         digest = weights_digest(weights.state_dict)
+    info = OutputInfo(
+        _make_space(config, digest),
+        _make_layout(config),
+        found.carried if found else pa.schema([]),
+        weights=f"weights/{digest[:16]}.safetensors",
+        weights_source=source,
+        weights_revision=weights.revision if weights else None,
+    )
+    return info, weights
+
+
+def _make_space(config: EmbedConfig, digest: str) -> Space:
     data_config = resolve_data_config(config.model, use_test_size=config.image_size == "test")
     if config.image_size.isdecimal():
         data_config = data_config.with_size(int(config.image_size))
-    space = Space(
+    return Space(
         backbone=config.model,
         weights_sha256=digest,
         image_size=data_config.image_size,
@@ -53,7 +65,10 @@ def describe_output(
         dim=create_backbone(config.model, weights=None, num_classes=0).embedding_dim,
         versions=_list_versions(config),
     )
-    layout = Layout(
+
+
+def _make_layout(config: EmbedConfig) -> Layout:
+    return Layout(
         chunk_images=config.chunk_images,
         chunk_bytes=parse_size(config.chunk_bytes, setting="chunk_bytes"),
         embedding_dtype=config.embedding_dtype,
@@ -62,15 +77,6 @@ def describe_output(
         image_column=config.image_column,
         key_column=config.key_column,
     )
-    info = OutputInfo(
-        space,
-        layout,
-        found.carried if found else pa.schema([]),
-        weights=f"weights/{digest[:16]}.safetensors",
-        weights_source=source,
-        weights_revision=weights.revision if weights else None,
-    )
-    return info, weights
 
 
 def _list_versions(config: EmbedConfig) -> dict[str, str]:

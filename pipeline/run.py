@@ -122,6 +122,39 @@ class _OpenShard:
             self.notes = receipt.notes
         return self.num_chunks == len(self.parts)
 
+    def make_commit(self, *, space_id: str, sequence: int, run_id: str) -> Commit:
+        """Return the commit of the shard, now that it is complete.
+
+        Raises:
+            CorruptionError: Its parts do not hold one row for each record that was read.
+        """
+        shard = self.shard
+        parts = (self.parts[chunk] for chunk in range(len(self.parts)))
+        commit = Commit(
+            shard_id=shard.id,
+            kind=shard.kind,
+            source=shard.source,
+            root=shard.root,
+            name=shard.name,
+            version=shard.version,
+            size_bytes=shard.size_bytes,
+            space_id=space_id,
+            parts=tuple(part for part in parts if part is not None),
+            members=shard.members,
+            supersedes=shard.supersedes,
+            notes=self.notes,
+            sequence=sequence,
+            run_id=run_id,
+            committed_s=time.time(),
+            modified_s=shard.modified_s,
+        )
+        if commit.rows != self.num_records:
+            raise CorruptionError(
+                f"{shard.source}: {self.num_records} records were read but {commit.rows} rows "
+                "written; the shard is not committed; this is a defect, please report it"
+            )
+        return commit
+
 
 class _Run:
     """One run of the embed job, the sole committer of its output."""
@@ -270,41 +303,19 @@ class _Run:
 
     def _commit(self, opened: _OpenShard) -> None:
         self._lease.check()  # it may have waited for its turn
-        shard = opened.shard
-        parts = (opened.parts[chunk] for chunk in range(len(opened.parts)))
-        commit = Commit(
-            shard_id=shard.id,
-            kind=shard.kind,
-            source=shard.source,
-            root=shard.root,
-            name=shard.name,
-            version=shard.version,
-            size_bytes=shard.size_bytes,
-            space_id=self._info.space.id,
-            parts=tuple(part for part in parts if part is not None),
-            members=shard.members,
-            supersedes=shard.supersedes,
-            notes=opened.notes,
-            sequence=self._sequence,
-            run_id=self._run_id,
-            committed_s=time.time(),
-            modified_s=shard.modified_s,
+        commit = opened.make_commit(
+            space_id=self._info.space.id, sequence=self._sequence, run_id=self._run_id
         )
-        if commit.rows != opened.num_records:
-            raise CorruptionError(
-                f"{shard.source}: {opened.num_records} records were read but {commit.rows} rows "
-                "written; the shard is not committed; this is a defect, please report it"
-            )
         write_commit(self._config.output, commit, self._storage)
-        self._committed[shard.id] = commit
+        self._committed[commit.shard_id] = commit
         LOG.debug(
             "commit run=%s shard=%s source=%s rows=%d",
             self._run_id,
-            shard.id,
-            shard.source,
+            commit.shard_id,
+            commit.source,
             commit.rows,
         )
-        for shard_id in shard.supersedes:
+        for shard_id in commit.supersedes:
             retire_commit(self._config.output, shard_id, self._storage)
 
     def _count_removed(self, plan: Plan, before: Mapping[str, Commit]) -> int:

@@ -249,13 +249,12 @@ def plan_shards(
     embed, restored = [], []
     for shard in wanted:
         old = tuple(sorted(set(shard.supersedes) | superseded.get(shard.id, set())))
-        if shard.id in commits and shard.id not in again:
-            continue
-        if shard.id in retired and shard.id not in again:
+        if shard.id in again:
+            embed.append(replace(shard, supersedes=old, folder=f"{shard.id}.{sequence}"))
+        elif shard.id in retired and shard.id not in commits:
             restored.append((retired[shard.id], old))
-        else:
-            folder = f"{shard.id}.{sequence}" if shard.id in again else shard.id
-            embed.append(replace(shard, supersedes=old, folder=folder))
+        elif shard.id not in commits:
+            embed.append(replace(shard, supersedes=old, folder=shard.id))
     leaving = {old for shard in embed for old in shard.supersedes}
     leaving |= {old for _, olds in restored for old in olds}
     removed = [
