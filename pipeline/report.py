@@ -2,7 +2,6 @@
 
 import logging
 import sys
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -176,19 +175,18 @@ class ProgressLine:
     def __init__(self, total_bytes: int, bar: Progress | None) -> None:
         self._bar = bar
         self._total_bytes = max(1, total_bytes)
-        self._start_s = self._logged_s = time.monotonic()
+        self._logged_s = 0.0
         self._task = bar.add_task("embedding", total=self._total_bytes, rate="") if bar else None
 
-    def update(self, *, images: int, failures: int, done_bytes: int) -> None:
-        """Show the totals so far."""
-        now_s = time.monotonic()
-        rate = images / max(1e-9, now_s - self._start_s)
+    def update(self, *, images: int, failures: int, done_bytes: int, seconds: float) -> None:
+        """Show the totals so far, and the rate since the first image, ``seconds`` ago."""
+        rate = images / max(1e-9, seconds)
         if self._bar is not None and self._task is not None:
             text = f"{images:,} images  {rate:,.1f}/s" + (f"  {failures:,} failed" * bool(failures))
             self._bar.update(self._task, completed=done_bytes, rate=text)
-        elif now_s - self._logged_s >= _LOG_EVERY_S:
-            self._logged_s = now_s
-            left_s = (now_s - self._start_s) * (self._total_bytes / max(1, done_bytes) - 1)
+        elif seconds - self._logged_s >= _LOG_EVERY_S:
+            self._logged_s = seconds
+            left_s = seconds * (self._total_bytes / max(1, done_bytes) - 1)
             LOG.info(
                 "progress images=%d failed=%d images_per_s=%.1f done=%.1f%% eta_s=%.0f",
                 images,

@@ -269,6 +269,7 @@ class _Run:
                     images=self._counters.rows,
                     failures=self._counters.failures,
                     done_bytes=self._counters.encoded_bytes,
+                    seconds=self._embed_ended_s - self._embed_started_s,
                 )
             _ = [future.result() for future in pending]
         self._counters.check_limit(*limits, final=True)

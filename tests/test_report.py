@@ -49,14 +49,15 @@ def test_a_run_stops_above_its_limit_and_not_at_it(ok, failed, limit, final, sto
 
 
 def test_without_a_terminal_progress_is_a_log_line(caplog, monkeypatch):
-    monkeypatch.setattr("pipeline.report._LOG_EVERY_S", 0.0)
     monkeypatch.setattr("pipeline.report.LOG.handlers", [caplog.handler])
     monkeypatch.setattr("pipeline.report.LOG.propagate", False)
     with caplog.at_level(logging.INFO, "pipeline"), show_progress(1000) as progress:
-        progress.update(images=5, failures=1, done_bytes=250)
-    (record,) = caplog.records
-    assert "progress images=5 failed=1" in record.getMessage()
-    assert "done=25.0%" in record.getMessage()
+        progress.update(images=1, failures=0, done_bytes=1, seconds=9.0)
+        progress.update(images=50, failures=1, done_bytes=250, seconds=10.0)
+        progress.update(images=60, failures=1, done_bytes=300, seconds=12.0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "progress images=50 failed=1 images_per_s=5.0 done=25.0% eta_s=30"
+    ]
 
 
 def test_log_lines_go_to_standard_error_once(capsys):
