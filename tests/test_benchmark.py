@@ -236,18 +236,21 @@ def test_the_pillow_loop_that_is_compared_with_gives_the_same_crops():
         assert (ours == theirs).all()
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_ceilings_and_writes_its_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     output = tmp_path / "report.json"
     arguments = ["--model", "fbnetv3_b.ra2_in1k", "--measure", "forward", "host"]
     arguments += ["--images", "8", "--rounds", "1", "--image-size", "32", "--batch-size", "4"]
+    arguments += ["--engine", "torch", "openvino"]
     assert main([*arguments, "--output", str(output), "--work-dir", str(tmp_path)]) == 0
     printed = capsys.readouterr().out.splitlines()
     report = json.loads(output.read_text())
     assert json.loads(printed[-1]) == report
     rates = report["models"]["fbnetv3_b.ra2_in1k"]["rates"]
     assert {"forward:torch", "arithmetic", "host", "host-all", "pillow"} <= set(rates)
+    assert {"timm-forward", "forward:openvino", "timm-openvino"} <= set(rates)
     assert set(rates["host"]["stages_ms"]) == {"read", "decode", "transform"}
     assert any(line.startswith("| host / pillow, CPU time |") for line in printed)
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

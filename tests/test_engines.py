@@ -39,8 +39,6 @@ def backbone() -> nn.Module:
 
 @pytest.fixture(scope="module", params=["torch", "openvino"])
 def engine(request: pytest.FixtureRequest, backbone: nn.Module, data_config: DataConfig) -> Engine:
-    if request.param == "openvino":
-        pytest.importorskip("openvino")
     options = EngineOptions(name=request.param, batch_size=4, threads=1, logits=True)
     return build_engine(backbone, data_config, options)
 

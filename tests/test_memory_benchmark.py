@@ -27,6 +27,7 @@ def test_the_cases_at_full_size_are_those_that_were_promised():
     assert large > 256
 
 
+@pytest.mark.slow
 def test_a_small_run_is_accounted_for_and_leaves_nothing_behind(tmp_path: Path):
     [found] = measure_memory(tmp_path, scale=0.001, names=["1x"])
     assert (found.case, found.images, found.shards) == ("1x", 16, 4)
