@@ -32,8 +32,8 @@ from pipeline.parts import (
     verify_output,
     write_commit,
 )
-from pipeline.receipts import Receipt
-from pipeline.records import Commit, PartInfo, Shard, count_statuses
+from pipeline.receipts import OpenShard, Receipt
+from pipeline.records import Commit, Shard, count_statuses
 from pipeline.report import LOG, Counters, EmbedReport, ImageCounts, show_progress
 from pipeline.report_page import render_report, sample_failures
 from pipeline.resources import Resources
@@ -101,59 +101,6 @@ def _verify(config: EmbedConfig, storage: Storage) -> VerifyReport:
         error.report = report
         raise error
     return report
-
-
-class _OpenShard:
-    """A shard whose parts are coming in."""
-
-    def __init__(self, shard: Shard) -> None:
-        self.shard = shard
-        self.parts: dict[int, PartInfo | None] = {}
-        self.num_chunks: int | None = None
-        self.num_records = 0
-        self.notes: dict[str, int] = {}
-
-    def add(self, receipt: Receipt) -> bool:
-        """Take a receipt in; return whether the parts now tile the shard."""
-        self.parts[receipt.chunk] = receipt.part
-        self.num_records += receipt.num_records
-        if receipt.last:
-            self.num_chunks = receipt.chunk + 1
-            self.notes = receipt.notes
-        return self.num_chunks == len(self.parts)
-
-    def make_commit(self, *, space_id: str, sequence: int, run_id: str) -> Commit:
-        """Return the commit of the shard, now that it is complete.
-
-        Raises:
-            CorruptionError: Its parts do not hold one row for each record that was read.
-        """
-        shard = self.shard
-        parts = (self.parts[chunk] for chunk in range(len(self.parts)))
-        commit = Commit(
-            shard_id=shard.id,
-            kind=shard.kind,
-            source=shard.source,
-            root=shard.root,
-            name=shard.name,
-            version=shard.version,
-            size_bytes=shard.size_bytes,
-            space_id=space_id,
-            parts=tuple(part for part in parts if part is not None),
-            members=shard.members,
-            supersedes=shard.supersedes,
-            notes=self.notes,
-            sequence=sequence,
-            run_id=run_id,
-            committed_s=time.time(),
-            modified_s=shard.modified_s,
-        )
-        if commit.rows != self.num_records:
-            raise CorruptionError(
-                f"{shard.source}: {self.num_records} records were read but {commit.rows} rows "
-                "written; the shard is not committed; this is a defect, please report it"
-            )
-        return commit
 
 
 class _Run:
@@ -238,7 +185,7 @@ class _Run:
 
     def _embed_shards(self, shards: Sequence[Shard]) -> None:
         limits = parse_failure_limit(self._config.max_failures)
-        open_shards = {shard.id: _OpenShard(shard) for shard in shards}
+        open_shards = {shard.id: OpenShard(shard) for shard in shards}
         total_bytes = sum(shard.size_bytes for shard in shards)
         with (
             dataflow.cluster(self._config.ray_address),
@@ -286,7 +233,7 @@ class _Run:
         )
         return dataflow.run_flow(shards, settings, self._resources, stand_in=self._stand_in)
 
-    def _take(self, receipt: Receipt, opened: _OpenShard) -> bool:
+    def _take(self, receipt: Receipt, opened: OpenShard) -> bool:
         """Book a receipt; return whether its shard is complete."""
         if receipt.error is not None:
             self._failed_shards[receipt.shard_id] = f"{opened.shard.source}: {receipt.error}"
@@ -302,7 +249,7 @@ class _Run:
             counters.batch_size = min(counters.batch_size or receipt.batch_size, receipt.batch_size)
         return opened.add(receipt)
 
-    def _commit(self, opened: _OpenShard) -> None:
+    def _commit(self, opened: OpenShard) -> None:
         self._lease.check()  # it may have waited for its turn
         commit = opened.make_commit(
             space_id=self._info.space.id, sequence=self._sequence, run_id=self._run_id
