@@ -21,12 +21,14 @@ from pipeline.dataflow import cluster
 from pipeline.engines import Forwarded, Pixels
 from pipeline.errors import (
     ClusterError,
+    CorruptionError,
     LeaseError,
     ObjectMissingError,
     SettingsError,
     WeightsError,
 )
 from pipeline.lease import Holder
+from pipeline.loads import unpack_loads
 from pipeline.parts import list_commits, read_output_info
 from pipeline.receipts import Receipt, pack_receipts, unpack_receipts
 from pipeline.resources import Resources
@@ -101,6 +103,17 @@ class TestFaultsOfWorkers:
         assert not (tmp_path / "out" / "lease.json").exists()
         assert embed(config).rows == {"ok": 1}
 
+    def test_a_shard_whose_last_receipt_is_missing_is_named_and_not_committed(
+        self, tmp_path: Path, weights: Path
+    ):
+        write_loose(tmp_path / "in", {"a.jpg": make_jpeg()})
+        config = make_config(tmp_path / "in", tmp_path / "out", weights)
+        with pytest.raises(
+            CorruptionError, match=r"1 shards sent no final receipt, e\.g\. .*a\.jpg"
+        ):
+            embed(config, stand_in=make_forgetful_actor())
+        assert list_commits(config.output, Storage()) == {}
+
     def test_batches_are_halved_where_memory_runs_out_and_the_report_says_so(
         self, tmp_path: Path, weights: Path
     ):
@@ -123,6 +136,17 @@ def make_defective_actor() -> type:
             raise ZeroDivisionError("a defect")
 
     return Defective
+
+
+def make_forgetful_actor() -> type:
+    class Forgetful:
+        def __call__(self, batch: pa.Table) -> pa.Table:
+            chunks = [item for load in unpack_loads(batch) for item in load.chunks]
+            return pack_receipts(
+                [Receipt(shard.id, chunk.index, last=False) for shard, chunk in chunks]
+            )
+
+    return Forgetful
 
 
 def make_limited_actor(config: EmbedConfig, *, fits: int) -> type:
