@@ -7,7 +7,7 @@ from pipeline.benchmark.bench import benchmark
 from pipeline.benchmark.findings import BenchmarkReport
 from pipeline.cli import run_job
 from pipeline.config import BenchmarkConfig
-from pipeline.report import configure_logging
+from pipeline.log import configure_logging
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from pipeline.cli import run_job
 from pipeline.config import EmbedConfig
-from pipeline.run import embed
+from pipeline.embed_job.run import embed
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from pipeline.cli import run_job
 from pipeline.config import IndexConfig
-from pipeline.index.build import build_index
+from pipeline.index.job import build_index
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,9 +11,9 @@ from rich.table import Table
 
 from pipeline.cli import Report, run_job
 from pipeline.config import SearchConfig
-from pipeline.index.lookup import find_neighbours, render_report
-from pipeline.index.search import SearchIndex
-from pipeline.index.where import compile_where
+from pipeline.index.search.command import find_neighbours, render_report
+from pipeline.index.search.search_index import SearchIndex
+from pipeline.index.search.where import compile_where
 from pipeline.storage import Storage
 
 HIDDEN_COLUMNS = {"key", "score", "shard", "row", "offset", "nbytes", "sha256", "norm"}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from pipeline.cli import run_job
 from pipeline.config import ServeConfig
-from pipeline.service.server import serve
+from pipeline.service.serve import serve
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.backbones import create_backbone, list_backbones
     from pipeline.config import EmbedConfig, IndexConfig
-    from pipeline.index.build import build_index
-    from pipeline.index.search import SearchIndex
-    from pipeline.parts import read_embeddings
-    from pipeline.run import embed
+    from pipeline.embed_job.run import embed
+    from pipeline.images.transforms import create_transform, resolve_data_config
+    from pipeline.index.job import build_index
+    from pipeline.index.search.search_index import SearchIndex
+    from pipeline.output.commits import read_embeddings
     from pipeline.service.client import Client
-    from pipeline.transforms import create_transform, resolve_data_config
 
 _HOMES = {
     "Client": "pipeline.service.client",
     "EmbedConfig": "pipeline.config",
     "IndexConfig": "pipeline.config",
-    "SearchIndex": "pipeline.index.search",
-    "build_index": "pipeline.index.build",
+    "SearchIndex": "pipeline.index.search.search_index",
+    "build_index": "pipeline.index.job",
     "create_backbone": "pipeline.backbones",
-    "create_transform": "pipeline.transforms",
-    "embed": "pipeline.run",
+    "create_transform": "pipeline.images.transforms",
+    "embed": "pipeline.embed_job.run",
     "list_backbones": "pipeline.backbones",
-    "read_embeddings": "pipeline.parts",
-    "resolve_data_config": "pipeline.transforms",
+    "read_embeddings": "pipeline.output.commits",
+    "resolve_data_config": "pipeline.images.transforms",
 }
 
 __all__ = [

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar, get_type_hints
 import tyro
 
 from pipeline.errors import AbortError, SettingsError
-from pipeline.report import configure_logging
+from pipeline.log import configure_logging
 
 Settings = TypeVar("Settings")
 

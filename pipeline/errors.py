@@ -117,3 +117,8 @@ class RecordError(PipelineError):
 
     def __reduce__(self) -> tuple[type["RecordError"], tuple[str, str]]:
         return type(self), (self.status, self.reason)
+
+
+def describe_excess_bytes(nbytes: int, max_image_bytes: int) -> str:
+    """Return the reason of an encoded image that is longer than the limit."""
+    return f"the encoded image has {nbytes:,} bytes; max_image_bytes is {max_image_bytes:,}"

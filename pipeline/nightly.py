@@ -2,19 +2,52 @@
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pipeline.config import IndexConfig, NightlyConfig
-from pipeline.errors import AbortError, SettingsError
-from pipeline.index.build import IndexReport, build_index
-from pipeline.lease import Lease
-from pipeline.parts import list_commits
-from pipeline.report import LOG, EmbedReport
-from pipeline.report_page import render_report, sample_failures
-from pipeline.run import embed
-from pipeline.showcase import describe_index
+from pipeline.embed_job.lease import Lease
+from pipeline.embed_job.report import EmbedReport
+from pipeline.embed_job.report_page import (
+    IndexSection,
+    ShownImage,
+    encode_picture,
+    render_report,
+    sample_failures,
+)
+from pipeline.embed_job.run import embed
+from pipeline.errors import AbortError, PipelineError, SettingsError
+from pipeline.images.decode import ImageLimits
+from pipeline.images.thumbnails import make_thumbnail
+from pipeline.index.files import FileStore, default_cache_dir
+from pipeline.index.job import IndexReport, build_index
+from pipeline.index.manifest import Manifest
+from pipeline.index.map import read_map
+from pipeline.index.pointer import read_current
+from pipeline.index.search.search_index import Neighbour, SearchIndex
+from pipeline.input.reader import read_record_bytes
+from pipeline.log import LOG
+from pipeline.output.commits import list_commits
 from pipeline.storage import Storage, join_uri, normalise_uri
+
+_QUERIES = 4
+
+
+_NEIGHBOURS = 7
+
+
+_MAP_POINTS = 800
+
+
+_MAP_PICTURES = 60
+
+
+_MAP_SIZE = (1000, 700)
+
+
+_THUMBNAIL_PX = 124
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,3 +200,76 @@ def _check_age(config: NightlyConfig, report: NightlyReport) -> None:
         )
         error.report = report
         raise error
+
+
+def describe_index(config: IndexConfig) -> IndexSection | None:
+    """Return what there is to show of the generation that serves; None without one."""
+    storage = Storage(config.storage)
+    uri = normalise_uri(config.index)
+    cache = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
+    manifest = read_current(uri, storage)
+    if manifest is None:
+        return None
+    index = SearchIndex.open(
+        uri, storage, generation=manifest.generation, cache_dir=config.cache_dir
+    )
+    return IndexSection(
+        generation=manifest.generation,
+        kind=manifest.codec.kind,
+        rows=manifest.rows,
+        recall=manifest.measured.get("recall"),
+        curve=_list_curve(manifest),
+        neighbours=[_show_query(index, query, storage) for query in _sample(index)],
+        map=_show_map(index, manifest, FileStore(uri, storage, cache)),
+    )
+
+
+def _list_curve(manifest: Manifest) -> list[tuple[float, float, bool]]:
+    chosen = manifest.measured.get("params")
+    return [
+        (point["latency_ms"]["p50"], point["recall"], point["params"] == chosen)
+        for point in manifest.curve
+        if point.get("latency_ms")
+    ]
+
+
+def _sample(index: SearchIndex) -> Sequence[Neighbour]:
+    return index.snapshot.sample(_QUERIES, seed=0)
+
+
+def _show_query(index: SearchIndex, query: Neighbour, storage: Storage) -> list[ShownImage]:
+    found = index.snapshot.neighbours_of(query.key, _NEIGHBOURS)
+    return [ShownImage(n.key, _show_picture(n, storage), n.score) for n in [query, *found]]
+
+
+def _show_picture(neighbour: Neighbour, storage: Storage) -> str | None:
+    try:
+        data = read_record_bytes(
+            neighbour.shard,
+            row=neighbour.row,
+            offset=neighbour.offset,
+            nbytes=neighbour.nbytes,
+            storage=storage,
+        )
+        return encode_picture(make_thumbnail(data, _THUMBNAIL_PX, limits=ImageLimits()))
+    except PipelineError:  # the page does without; the image may be gone since
+        return None
+
+
+def _show_map(index: SearchIndex, manifest: Manifest, files: FileStore) -> list[ShownImage]:
+    points = read_map(manifest.map, files)
+    if points is None:
+        return []
+    step = max(1, len(points.keys) // _MAP_POINTS)
+    keys, places = points.keys[::step], points.xy[::step] * _MAP_SIZE
+    pictured = set(keys[:: max(1, len(keys) // _MAP_PICTURES)])
+    shown = [
+        ShownImage(
+            key,
+            _show_picture(index.snapshot.find(key), files.storage) if key in pictured else None,
+            x=round(float(x), 1),
+            y=round(float(y), 1),
+        )
+        for key, (x, y) in zip(keys, places, strict=True)
+    ]
+    return sorted(shown, key=lambda image: image.picture is not None)  # pictures on top

@@ -11,10 +11,10 @@ from runs import make_config, read_rows
 from pipeline import SearchIndex
 from pipeline.cli import parse_settings
 from pipeline.config import IndexConfig, NightlyConfig, NightlyOptions
+from pipeline.embed_job.lease import Lease
 from pipeline.errors import AbortError, LeaseError, SettingsError
-from pipeline.lease import Lease
 from pipeline.nightly import run_nightly
-from pipeline.parts import list_commits
+from pipeline.output.commits import list_commits
 from pipeline.storage import Storage
 
 

@@ -24,8 +24,8 @@ from pipeline.benchmark.scaling import measure_scaling
 from pipeline.benchmark.setting import JOBS, Setting, count_cores, has_timm, prepare_setting
 from pipeline.benchmark.tables import MEASURES, measure_tables
 from pipeline.config import BenchmarkConfig, StorageOptions
-from pipeline.engines import DTYPES, EngineOptions
-from pipeline.report import LOG
+from pipeline.inference.engines import DTYPES, EngineOptions
+from pipeline.log import LOG
 from pipeline.storage import Storage
 
 _ROUND_IMAGES = 128  # most images in a round of what is measured in a process of its own

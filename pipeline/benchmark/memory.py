@@ -19,7 +19,7 @@ from pipeline.benchmark.commands import run_program
 from pipeline.benchmark.samples import draw_photograph, write_shard
 from pipeline.benchmark.setting import JOBS
 from pipeline.errors import AbortError
-from pipeline.report import LOG
+from pipeline.log import LOG
 
 _COMMAND = (
     *("--model", "ese_vovnet19b_dw.ra_in1k", "--weights", "random:0", "--image-size", "32"),

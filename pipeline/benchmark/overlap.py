@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.actors import EmbedActor, make_flow_settings
 from pipeline.benchmark.commands import run_module
 from pipeline.benchmark.setting import Setting
 from pipeline.config import EmbedConfig
-from pipeline.engines import Forwarded, Pixels
-from pipeline.loads import LoadBounds, read_loads
-from pipeline.outputs import describe_output, make_output
-from pipeline.receipts import unpack_receipts
-from pipeline.resources import Resources
-from pipeline.shards import list_sources, plan_shards
+from pipeline.embed_job.actors import EmbedActor, make_flow_settings
+from pipeline.embed_job.plan import plan_shards
+from pipeline.embed_job.prepare import describe_output, make_output
+from pipeline.embed_job.resources import Resources
+from pipeline.embed_job.wire import LoadBounds, read_loads, unpack_receipts
+from pipeline.inference.engines import Forwarded, Pixels
+from pipeline.input.listing import list_sources
 from pipeline.storage import Storage
 
 _CALLS = 2  # as many loads are in an actor with a GPU at once

@@ -13,7 +13,7 @@ from pipeline.benchmark.commands import Run, run_program
 from pipeline.benchmark.rounds import Rate, summarise
 from pipeline.benchmark.samples import SampleSet
 from pipeline.benchmark.setting import JOBS, Setting, has_timm
-from pipeline.report import LOG
+from pipeline.log import LOG
 
 VARIANTS = {
     "job-fast": ["--decode", "fast"],

@@ -11,10 +11,11 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config import StorageOptions
-from pipeline.containers.found import ReadOptions
-from pipeline.readers import read_chunks
+from pipeline.embed_job.plan import plan_shards
+from pipeline.input.container import ReadOptions
+from pipeline.input.listing import list_sources
+from pipeline.input.reader import read_chunks
 from pipeline.records import Layout
-from pipeline.shards import list_sources, plan_shards
 from pipeline.storage import Storage
 
 _DRAWN_IMAGES = 64

@@ -7,7 +7,7 @@ from pipeline.benchmark.commands import Run
 from pipeline.benchmark.programs import make_job_command, run_job
 from pipeline.benchmark.samples import SampleSet, draw_photograph, write_samples
 from pipeline.benchmark.setting import Setting
-from pipeline.report import LOG
+from pipeline.log import LOG
 
 _ACTORS = (1, 2, 4)
 _TIMES = (1, 4, 16)

@@ -26,12 +26,12 @@ from ray.cluster_utils import Cluster
 
 from pipeline.benchmark.samples import draw_photograph
 from pipeline.config import EmbedConfig
-from pipeline.loads import Load, unpack_loads
-from pipeline.parts import OutputInfo, build_part, read_output_info, write_part
-from pipeline.receipts import Receipt, pack_receipts
+from pipeline.embed_job.report import EmbedReport
+from pipeline.embed_job.run import embed
+from pipeline.embed_job.wire import Load, Receipt, pack_receipts, unpack_loads
+from pipeline.output.info import OutputInfo, read_output_info
+from pipeline.output.parts import build_part, write_part
 from pipeline.records import Embedding
-from pipeline.report import EmbedReport
-from pipeline.run import embed
 from pipeline.storage import Storage
 
 _GPUS_PER_NODE = 8

@@ -6,11 +6,11 @@ from typing import Any
 
 from pipeline.benchmark.commands import run_module
 from pipeline.benchmark.findings import Row
+from pipeline.benchmark.index_cost import IndexCost, measure_index
 from pipeline.benchmark.memory import MemoryFindings, measure_memory
 from pipeline.config import BenchmarkConfig
-from pipeline.index.benchmark import IndexCost, measure_index
-from pipeline.index.selection import Selection, tabulate_selection
-from pipeline.report import LOG
+from pipeline.index.build.kinds import Selection, tabulate_selection
+from pipeline.log import LOG
 
 
 def measure_tables(config: BenchmarkConfig, folder: Path) -> dict[str, list[Row]]:

@@ -21,13 +21,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.backbones import create_backbone
 from pipeline.benchmark.rounds import serve_rounds
-from pipeline.containers.found import ReadOptions
-from pipeline.engines import DTYPES, EngineOptions, Pixels, build_engine, draw_probes
-from pipeline.images import ImageLimits, decode_image, image_digest
-from pipeline.readers import read_chunks
-from pipeline.shards import list_sources, make_object_shard
+from pipeline.images.decode import ImageLimits, decode_image, image_digest
+from pipeline.images.transforms import DataConfig, resize_and_crop
+from pipeline.inference.deviation import draw_probes
+from pipeline.inference.engines import DTYPES, EngineOptions, Pixels, build_engine
+from pipeline.input.container import ReadOptions
+from pipeline.input.listing import list_sources, make_object_shard
+from pipeline.input.reader import read_chunks
 from pipeline.storage import Storage
-from pipeline.transforms import DataConfig, resize_and_crop
 
 Round = Callable[[], tuple[int, Mapping[str, float]]]
 

@@ -4,11 +4,20 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import numpy as np
+import pyarrow.compute as pc
+
+from pipeline.index.search.generation import Snapshot
+from pipeline.index.search.search_index import Neighbour
+from pipeline.service.metrics import Metrics
 from pipeline.service.problems import overloaded
 
 Item = TypeVar("Item")
+
+
 Result = TypeVar("Result")
 
 
@@ -105,3 +114,54 @@ class MicroBatcher(Generic[Item, Result]):
                 future.set_exception(result)
             else:
                 future.set_result(result)
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """One vector to search for; searches of equal ``group`` run as one.
+
+    Attributes:
+        snapshot: Where to search.
+        vector: float32, shape (dim,).
+        k: Neighbours wanted.
+        where: Only rows that fulfil it.
+        exact: Compare with every vector.
+    """
+
+    snapshot: Snapshot
+    vector: np.ndarray
+    k: int
+    where: pc.Expression | None
+    exact: bool
+
+    @property
+    def group(self) -> tuple[object, ...]:
+        """What searches have in common that run as one."""
+        # The size of k takes part, so that one huge answer does not slow all others down.
+        return id(self.snapshot), str(self.where), self.exact, (self.k - 1).bit_length()
+
+
+def run_searches(searches: Sequence[Search], metrics: Metrics) -> list[list[Neighbour] | Exception]:
+    """Return the neighbours of each search, in order, or why there are none."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for position, search in enumerate(searches):
+        groups.setdefault(search.group, []).append(position)
+    answers: list[list[Neighbour] | Exception] = [[] for _ in searches]
+    metrics.batch_size.labels("search").observe(len(searches))
+    for positions in groups.values():
+        with metrics.stage_s.labels("search").time():
+            found = _search_group([searches[p] for p in positions])
+        for position, hits in zip(positions, found, strict=True):
+            answers[position] = hits
+    return answers
+
+
+def _search_group(searches: Sequence[Search]) -> list[list[Neighbour] | Exception]:
+    first = searches[0]
+    vectors = np.stack([search.vector for search in searches])  # (B, dim)
+    k = max(search.k for search in searches)
+    try:
+        found = first.snapshot.search(vectors, k, first.where, exact=first.exact)
+    except Exception as error:  # of this group alone, whatever it is
+        return [error] * len(searches)
+    return [hits[: search.k] for hits, search in zip(found, searches, strict=True)]

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import AccessError, QueryError, ServiceError, UnknownKeyError
-from pipeline.service.models import (
+from pipeline.service.schema import (
     BatchResponse,
     EmbedResponse,
     Info,

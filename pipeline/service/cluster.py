@@ -12,7 +12,7 @@ from ray.serve.schema import LoggingConfig
 
 from pipeline.cli import parse_settings
 from pipeline.config import ServeConfig
-from pipeline.service.assembly import build_app
+from pipeline.service.app import build_app
 from pipeline.service.guard import Asgi
 from pipeline.service.server import ServeReport, catch_signals, check_keys
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 
-from pipeline.service.keys import ApiKeys
+from pipeline.service.access import ApiKeys
 from pipeline.service.problems import Problem, overloaded
 
 Scope = MutableMapping[str, Any]

@@ -12,12 +12,16 @@ import numpy as np
 import pyarrow.compute as pc
 
 from pipeline.errors import PipelineError
-from pipeline.index.search import Neighbour, SearchIndex, Snapshot
+from pipeline.index.search.generation import Snapshot
+from pipeline.index.search.search_index import Neighbour, SearchIndex
 from pipeline.records import Classes, Embedding, Space
-from pipeline.service.answers import make_classes, make_results
-from pipeline.service.batching import MicroBatcher
+from pipeline.service.batching import MicroBatcher, Search, run_searches
 from pipeline.service.metrics import Metrics
-from pipeline.service.models import (
+from pipeline.service.pictures import Picture, PictureLoader
+from pipeline.service.problems import Problem
+from pipeline.service.queries import check_vector, compile_options, read_vector
+from pipeline.service.results import make_classes, make_results
+from pipeline.service.schema import (
     Query,
     Result,
     SearchOptions,
@@ -26,24 +30,15 @@ from pipeline.service.models import (
     Took,
     decode_base64,
 )
-from pipeline.service.pictures import Picture, PictureLoader
-from pipeline.service.problems import Problem
-from pipeline.service.searches import (
-    Search,
-    check_vector,
-    compile_options,
-    read_vector,
-    run_searches,
-)
 
 if TYPE_CHECKING:  # torch comes with it, and a service without image queries needs none
-    from pipeline.embedder import EmbedderOptions
+    from pipeline.inference.embedder import EmbedderOptions
 
 log = logging.getLogger(__name__)
 
 
 class ImageEmbedder(Protocol):
-    """Turns images into vectors of one space; ``pipeline.embedder.Embedder`` is one."""
+    """Turns images into vectors of one space; ``pipeline.inference.embedder.Embedder`` is one."""
 
     space: Space
     options: "EmbedderOptions"

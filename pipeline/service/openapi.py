@@ -7,7 +7,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from pipeline.service.models import (
+from pipeline.service.schema import (
     MAX_IMAGES,
     BatchRequest,
     EmbedRequest,

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.errors import AbortError, ObjectMissingError, RecordError
-from pipeline.images import ImageLimits, image_digest
-from pipeline.index.search import Neighbour
+from pipeline.images.decode import ImageLimits, image_digest
+from pipeline.images.thumbnails import make_thumbnail
+from pipeline.index.search.search_index import Neighbour
 from pipeline.service.metrics import Metrics
 from pipeline.service.problems import Problem
-from pipeline.thumbnails import make_thumbnail
 
 log = logging.getLogger(__name__)
 

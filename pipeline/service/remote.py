@@ -10,9 +10,9 @@ import numpy as np
 
 from pipeline.config import SearchConfig
 from pipeline.errors import QueryError, SettingsError
-from pipeline.index.lookup import read_vector_file
+from pipeline.index.search.command import read_vector_file
 from pipeline.service.client import Client
-from pipeline.service.models import MAX_SEARCHES, SearchResponse
+from pipeline.service.schema import MAX_SEARCHES, SearchResponse
 from pipeline.storage import Storage
 
 

@@ -8,15 +8,9 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 
 from pipeline.errors import UnknownKeyError
-from pipeline.index.search import Snapshot
-from pipeline.index.where import is_filterable
-from pipeline.service.answers import (
-    list_public_columns,
-    make_classes,
-    make_results,
-    show_columns,
-)
-from pipeline.service.bodies import (
+from pipeline.index.search.generation import Snapshot
+from pipeline.index.search.where import is_filterable
+from pipeline.service.forms import (
     get_media_type,
     open_form,
     read_json,
@@ -27,7 +21,10 @@ from pipeline.service.bodies import (
     validate,
 )
 from pipeline.service.lookups import Lookups, Target
-from pipeline.service.models import (
+from pipeline.service.openapi import describe_form_body, describe_json_body, describe_problems
+from pipeline.service.problems import Problem
+from pipeline.service.results import list_public_columns, make_classes, make_results, show_columns
+from pipeline.service.schema import (
     MAX_IMAGES,
     BatchRequest,
     BatchResponse,
@@ -44,8 +41,6 @@ from pipeline.service.models import (
     decode_base64,
     encode_vector,
 )
-from pipeline.service.openapi import describe_form_body, describe_json_body, describe_problems
-from pipeline.service.problems import Problem
 
 router = APIRouter(prefix="/v1")
 

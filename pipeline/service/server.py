@@ -12,8 +12,8 @@ from typing import Any
 import uvicorn
 
 from pipeline.config import ServeConfig
+from pipeline.service.access import check_exposure, read_api_keys
 from pipeline.service.guard import Asgi
-from pipeline.service.keys import check_exposure, read_api_keys
 
 log = logging.getLogger(__name__)
 
@@ -37,21 +37,6 @@ class ServeReport:
         return {"job": "serve"} | asdict(self)
 
 
-def serve(config: ServeConfig) -> ServeReport:
-    """Answer lookups until a signal says stop; what ``jobs/serve.py`` calls.
-
-    Raises:
-        SettingsError: A setting is wrong, or the service would let strangers in unasked.
-        ObjectMissingError: There is no index.
-    """
-    check_keys(config)
-    if config.local:
-        return serve_here(config)
-    from pipeline.service.cluster import serve_on_ray  # Ray takes seconds to import
-
-    return serve_on_ray(config)
-
-
 def check_keys(config: ServeConfig) -> None:
     """Refuse to let strangers in unasked.
 
@@ -64,7 +49,7 @@ def check_keys(config: ServeConfig) -> None:
 
 def serve_here(config: ServeConfig) -> ServeReport:
     """Answer lookups in this process until SIGINT or SIGTERM."""
-    from pipeline.service.assembly import build_app  # FAISS and Arrow take seconds to import
+    from pipeline.service.app import build_app  # FAISS and Arrow take seconds to import
 
     started_s = time.monotonic()
     server = make_server(build_app(config), config)

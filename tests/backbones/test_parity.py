@@ -5,7 +5,7 @@ import timm
 import torch
 
 from pipeline.backbones import create_backbone, find_backbone
-from pipeline.transforms import resolve_data_config
+from pipeline.images.transforms import resolve_data_config
 
 TOLERANCE = 1e-5  # of the largest absolute value, float32
 ODD_SIZE = 161

@@ -10,7 +10,7 @@ from runs import make_config, read_rows
 from table import FaultTable
 
 from pipeline.config import EmbedConfig
-from pipeline.run import embed
+from pipeline.embed_job.run import embed
 
 TABLE = FaultTable()
 CHUNKS = 36

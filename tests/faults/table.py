@@ -9,7 +9,7 @@ from typing import Any
 from runs import assert_same_rows, read_rows
 
 from pipeline import read_embeddings
-from pipeline.parts import verify_output
+from pipeline.output.verify import verify_output
 from pipeline.storage import Storage
 
 TRIALS = int(os.environ.get("FAULT_TRIALS", "2"))

@@ -18,7 +18,7 @@ from s3.faulty_proxy import Fault
 from table import TRIALS
 
 from pipeline.config import StorageOptions
-from pipeline.run import embed
+from pipeline.embed_job.run import embed
 
 pytestmark = pytest.mark.slow
 

@@ -13,9 +13,9 @@ from s3.faulty_proxy import Fault, FaultyProxy
 from table import TRIALS
 
 from pipeline.config import StorageOptions
+from pipeline.embed_job.run import embed
 from pipeline.errors import AccessError, StorageError
-from pipeline.parts import verify_output
-from pipeline.run import embed
+from pipeline.output.verify import verify_output
 from pipeline.storage import Storage
 
 pytestmark = pytest.mark.slow

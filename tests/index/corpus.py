@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from pipeline.benchmark import synthetic
+from pipeline.benchmark.synthetic import commit_table, generate_vectors, make_commit
 from pipeline.config import IndexConfig
-from pipeline.index import synthetic
-from pipeline.index.build import build_index
-from pipeline.index.synthetic import commit_table, generate_vectors, make_commit
-from pipeline.parts import OutputInfo, claim_output, list_commits, retire_commit
+from pipeline.index.job import build_index
+from pipeline.output.commits import list_commits, retire_commit
+from pipeline.output.info import OutputInfo, claim_output
 from pipeline.records import Layout, Space
 from pipeline.storage import Storage
 

@@ -4,9 +4,9 @@ import pytest
 from index.corpus import build, make_corpus
 from pipeline.config import IndexConfig
 from pipeline.errors import CorruptionError
-from pipeline.index.build import build_index
 from pipeline.index.files import FileStore, describe_file
-from pipeline.index.search import SearchIndex
+from pipeline.index.job import build_index
+from pipeline.index.search.search_index import SearchIndex
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_a_file_is_described_by_size_and_digest(tmp_path):
 
 
 def test_long_key_tables_are_mapped_from_the_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.index.keys.MAPPED_KEYS_ROWS", 10)
+    monkeypatch.setattr("pipeline.index.search.keys.MAPPED_KEYS_ROWS", 10)
     corpus = make_corpus(tmp_path / "embeddings", rows=50, dim=32)
     build(corpus, str(tmp_path / "index"))
     for _ in range(2):

@@ -11,8 +11,9 @@ import pytest
 from index.corpus import STORAGE, Corpus, build, make_corpus
 from pipeline.config import IndexConfig
 from pipeline.errors import CorruptionError, PublishError, SettingsError
-from pipeline.index.build import build_index
-from pipeline.index.current import (
+from pipeline.index.garbage import find_garbage
+from pipeline.index.job import build_index
+from pipeline.index.pointer import (
     Pointer,
     manifest_path,
     parse_manifest,
@@ -20,8 +21,8 @@ from pipeline.index.current import (
     read_manifest,
     read_pointer,
 )
-from pipeline.index.publish import find_garbage, list_generations, publish, swap_pointer
-from pipeline.index.search import SearchIndex
+from pipeline.index.publish import list_generations, publish, swap_pointer
+from pipeline.index.search.search_index import SearchIndex
 from pipeline.storage import Storage
 
 
@@ -118,7 +119,7 @@ def test_the_loser_of_a_race_leaves_the_winners_files_alone(corpus, tmp_path, mo
         build(corpus, uri)
         return real(index, manifest, before=before, storage=storage)
 
-    monkeypatch.setattr("pipeline.index.update.publish", let_another_win)
+    monkeypatch.setattr("pipeline.index.build.update.publish", let_another_win)
     with pytest.raises(PublishError, match="another publisher was first"):
         build(corpus, uri)
     assert len(SearchIndex.open(uri)) == len(corpus.vectors)

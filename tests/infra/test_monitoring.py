@@ -27,7 +27,7 @@ WAIT_S = 90
 
 EXPORTER = """
 import sys, ray
-from pipeline.metrics import ActorMetrics, DriverMetrics, LoadSample
+from pipeline.embed_job.metrics import ActorMetrics, DriverMetrics, LoadSample
 port = int(sys.argv[1])
 ray.init(address="local", num_cpus=1, include_dashboard=False, _metrics_export_port=port)
 

@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
+from pipeline.benchmark import synthetic
 from pipeline.config import IndexConfig
-from pipeline.images import image_digest
-from pipeline.index import synthetic
-from pipeline.index.build import build_index
-from pipeline.index.search import SearchIndex
-from pipeline.parts import OutputInfo, claim_output
+from pipeline.images.decode import image_digest
+from pipeline.index.job import build_index
+from pipeline.index.search.search_index import SearchIndex
+from pipeline.output.info import OutputInfo, claim_output
 from pipeline.records import Layout, Space
 from pipeline.storage import Storage
 

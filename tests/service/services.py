@@ -10,14 +10,14 @@ import numpy as np
 import uvicorn
 from PIL import Image
 
-from pipeline.embedder import EmbedderOptions
-from pipeline.images import ImageLimits
-from pipeline.index.search import SearchIndex
-from pipeline.readers import read_record_bytes
+from pipeline.images.decode import ImageLimits
+from pipeline.index.search.search_index import SearchIndex
+from pipeline.inference.embedder import EmbedderOptions
+from pipeline.input.reader import read_record_bytes
 from pipeline.records import Embedding
+from pipeline.service.access import ApiKeys
 from pipeline.service.app import Access, create_app
 from pipeline.service.guard import GuardLimits
-from pipeline.service.keys import ApiKeys
 from pipeline.service.lookups import LookupLimits, Lookups
 from pipeline.service.metrics import Metrics
 from pipeline.service.pictures import PictureLoader

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import RecordError
-from pipeline.images import ImageLimits, decode_image
+from pipeline.images.decode import ImageLimits, decode_image
 from pipeline.records import Embedding
-from pipeline.service.answers import list_public_columns, show_columns
+from pipeline.service.results import list_public_columns, show_columns
 from service.gallery import Gallery, make_image, make_vectors
 from service.services import ColourEmbedder, run_service
 

@@ -6,7 +6,7 @@ import pytest
 
 import pipeline
 from pipeline.errors import AccessError, QueryError, ServiceError, UnknownKeyError
-from pipeline.service.keys import read_api_keys
+from pipeline.service.access import read_api_keys
 from service.gallery import make_image, make_vectors
 from service.services import run_service
 

@@ -8,7 +8,7 @@ import pytest
 import pipeline
 from pipeline.config import ServeConfig
 from pipeline.errors import CorruptionError, SettingsError
-from pipeline.service.assembly import build_app
+from pipeline.service.app import build_app
 from service.gallery import make_image
 from service.services import serve_app
 
@@ -62,7 +62,7 @@ def test_an_index_that_names_no_weights_needs_them_named(gallery):
     assert info.weights
     from dataclasses import replace
 
-    from pipeline.service.assembly import open_embedder
+    from pipeline.service.app import open_embedder
     from pipeline.storage import Storage
 
     with pytest.raises(SettingsError, match="pass --weights, or --no-image-queries"):

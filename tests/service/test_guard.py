@@ -8,9 +8,9 @@ import pytest
 
 from pipeline.config import ServeConfig
 from pipeline.errors import SettingsError
+from pipeline.service.access import check_exposure, is_loopback, read_api_keys
 from pipeline.service.guard import LOOPBACK_HOSTS, RateLimiter
-from pipeline.service.keys import check_exposure, is_loopback, read_api_keys
-from pipeline.service.server import serve
+from pipeline.service.serve import serve
 from service.gallery import make_image
 from service.services import ColourEmbedder, run_service
 

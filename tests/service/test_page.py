@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import BrowserContext, Page, Playwright, expect, sync_playwright
 
+from pipeline.service.access import read_api_keys
 from pipeline.service.app import ASSETS
-from pipeline.service.keys import read_api_keys
 from service.gallery import Gallery, make_image
 from service.services import ColourEmbedder, Service, run_service
 

@@ -6,7 +6,7 @@ import pytest
 from jobs.search import main
 from pipeline.config import SearchConfig
 from pipeline.errors import SettingsError
-from pipeline.service.keys import read_api_keys
+from pipeline.service.access import read_api_keys
 from service.gallery import make_image, make_vectors
 from service.services import run_service
 

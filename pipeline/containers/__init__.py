@@ -1,1 +1,0 @@
-"""How images lie in their containers; ``pipeline.readers`` is the way in."""

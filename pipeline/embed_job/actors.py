@@ -1,0 +1,256 @@
+"""What the processes of a run do with a load: decode it, embed it, write its parts."""
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+
+import pyarrow as pa
+import torch
+
+from pipeline.config import EmbedConfig, parse_size
+from pipeline.embed_job.crop_table import CROPS_SCHEMA, pack_crops, unpack_crops
+from pipeline.embed_job.efficiency import IdleClock
+from pipeline.embed_job.metrics import ActorMetrics, LoadSample
+from pipeline.embed_job.quarantine import Quarantine
+from pipeline.embed_job.resources import Resources
+from pipeline.embed_job.wire import FailedShard, Load, Receipt, pack_receipts, unpack_loads
+from pipeline.errors import AbortError, AccessError, SettingsError, StorageError
+from pipeline.images.crops import Crop
+from pipeline.images.decode import ImageLimits
+from pipeline.inference.embedder import Embedder, EmbedderOptions, make_crop_maker
+from pipeline.inference.engines import EngineOptions, check_engine_options
+from pipeline.input.container import ReadOptions
+from pipeline.output.info import OutputInfo
+from pipeline.output.parts import build_part, write_part
+from pipeline.records import Chunk, Embedding, PartInfo, Shard, count_statuses
+from pipeline.storage import Storage, join_uri
+
+_WRITE_THREADS = 8  # a load of many small shards has many parts
+
+
+_WRITE_ROUNDS = 3
+
+
+"""How often a part is written, with all of storage's attempts each time: embedding costs more."""
+
+
+@dataclass(frozen=True, slots=True)
+class FlowSettings:
+    """Everything that read tasks and actors need; small, plain and picklable.
+
+    Attributes:
+        run_id: The run.
+        output: The output.
+        info: Its space and layout.
+        weights: URI of the checkpoint.
+        storage: How to reach storage.
+        read: How shards are cut into chunks.
+        embedder: Device, batch size, limits.
+    """
+
+    run_id: str
+    output: str
+    info: OutputInfo
+    weights: str
+    storage: Storage
+    read: ReadOptions
+    embedder: EmbedderOptions
+
+
+def make_embedder(settings: FlowSettings) -> Embedder:
+    """Build the embedder of this process."""
+    return Embedder(
+        settings.info.space,
+        weights=settings.weights,
+        options=settings.embedder,
+        storage=settings.storage,
+    )
+
+
+class DecodeActor:
+    """A process that turns loads into loads of crops, for embedders on other nodes."""
+
+    def __init__(self, settings: FlowSettings) -> None:
+        options = replace(settings.embedder, device="cpu", decode_threads=1)
+        self._crops = make_crop_maker(settings.info.space, options)
+        self._quarantine = Quarantine(settings.run_id, options.limits)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Map a table of loads to one of crops."""
+        return pa.concat_tables([self._decode(load) for load in unpack_loads(batch)])
+
+    def _decode(self, load: Load) -> pa.Table:
+        with self._quarantine.enter(load) as safe:
+            return pack_crops(safe, list(self._crops.make(safe.records)))
+
+
+class EmbedActor:
+    """A process with an embedder; turns loads into parts and receipts."""
+
+    _embedder: Embedder
+
+    def __init__(self, settings: FlowSettings) -> None:
+        self._settings = settings
+        self._failure: AbortError | None = None
+        try:
+            self._embedder = make_embedder(settings)
+        except AbortError as error:
+            self._failure = error
+        self._quarantine = Quarantine(settings.run_id, settings.embedder.limits)
+        self._metrics = ActorMetrics(settings.run_id)
+        self._idle = IdleClock()
+        self._writers = ThreadPoolExecutor(_WRITE_THREADS, "write")
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Map a table of loads, or of crops, to one of receipts."""
+        loads: Iterable[tuple[Load, list[Crop | Embedding] | None]]
+        if batch.schema.equals(CROPS_SCHEMA):
+            loads = unpack_crops(batch)
+        else:
+            loads = ((load, None) for load in unpack_loads(batch))
+        receipts = [receipt for item in loads for receipt in self._try_load(*item)]
+        return pack_receipts(receipts)
+
+    def _try_load(self, load: Load, crops: list[Crop | Embedding] | None) -> list[Receipt]:
+        start_s = time.perf_counter()
+        try:
+            if self._failure is not None:
+                raise self._failure
+            with self._idle.interrupted() as idle_s, self._quarantine.enter(load) as safe:
+                receipts = list(self._embed_load(safe, crops))
+            return self._record(_add_times(receipts, idle_s, time.perf_counter() - start_s))
+        except AbortError as error:
+            return [Receipt("", -1, True, fatal=error)]
+
+    def _record(self, receipts: list[Receipt]) -> list[Receipt]:
+        seconds: Counter[str] = Counter()
+        for receipt in receipts:
+            seconds.update(receipt.seconds)
+        on_gpu = self._embedder.options.device != "cpu"
+        self._metrics.record(
+            LoadSample(
+                statuses=count_statuses(r.part.statuses for r in receipts if r.part is not None),
+                seconds=seconds,
+                nbytes=sum(receipt.nbytes for receipt in receipts),
+                batch_size=self._embedder.batch_size,
+                gpu_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else 0,
+            )
+        )
+        return receipts
+
+    def _embed_load(self, load: Load, crops: list[Crop | Embedding] | None) -> Iterator[Receipt]:
+        for failed in load.failed:
+            yield _describe_failed(failed)
+        if crops is None:
+            outcome = self._embedder.embed(load.records)
+        else:
+            outcome = self._embedder.embed_crops(crops)
+        outcome = replace(outcome, seconds={"read": load.read_s} | outcome.seconds)
+        embeddings = iter(outcome.embeddings)
+        own = [[next(embeddings) for _ in chunk.records] for _, chunk in load.chunks]
+        parts = self._writers.map(self._write, load.chunks, own)
+        for shard, chunk in load.chunks:
+            start_s = time.perf_counter()
+            part = next(parts)
+            seconds = {"write": time.perf_counter() - start_s} | outcome.seconds
+            outcome = replace(outcome, seconds={})  # counted once a load
+            yield Receipt(
+                shard.id,
+                chunk.index,
+                chunk.last,
+                num_records=len(chunk.records),
+                part=part,
+                nbytes=sum(record.nbytes for record in chunk.records),
+                seconds=seconds,
+                notes=dict(chunk.notes),
+                batch_size=self._embedder.batch_size,
+            )
+
+    def _write(
+        self, place: tuple[Shard, Chunk], embeddings: Sequence[Embedding]
+    ) -> PartInfo | None:
+        shard, chunk = place
+        if not chunk.records:
+            return None
+        settings = self._settings
+        table = build_part(chunk.records, embeddings, settings.info.schema)
+        write = partial(
+            write_part,
+            settings.output,
+            table,
+            folder=shard.folder,
+            chunk=chunk.index,
+            space_id=settings.info.space.id,
+            storage=settings.storage,
+        )
+        for _ in range(_WRITE_ROUNDS - 1):
+            with suppress(StorageError):
+                return write()
+        return write()
+
+
+def _add_times(receipts: list[Receipt], idle_s: float, load_s: float) -> list[Receipt]:
+    first, *rest = receipts
+    seconds = first.seconds | {"idle": idle_s}
+    return [replace(first, seconds=seconds, load_s=load_s), *rest]
+
+
+def _describe_failed(failed: FailedShard) -> Receipt:
+    """Storage may still give other shards; wrong settings or credentials concern them all."""
+    error = failed.error
+    if isinstance(error, StorageError) and not isinstance(error, AccessError):
+        return Receipt(failed.shard_id, -1, True, error=str(error))
+    return Receipt(failed.shard_id, -1, True, fatal=error)
+
+
+def _check_device(config: EmbedConfig, device: str) -> None:
+    """Refuse what the actors' device cannot do, before any of them is started."""
+    check_engine_options(EngineOptions(config.engine, device, config.precision))
+    if config.decode == "gpu" and device == "cpu":
+        raise SettingsError("decode gpu needs GPUs, and Ray has none; use --decode exact or fast")
+    if config.decode == "gpu" and config.decode_stage:
+        raise SettingsError("decode gpu leaves nothing to a decode stage; drop --decode-stage")
+
+
+def make_flow_settings(
+    config: EmbedConfig, info: OutputInfo, resources: Resources, *, run_id: str
+) -> FlowSettings:
+    """Gather what read tasks and actors need from a run's settings."""
+    limits = ImageLimits(
+        max_pixels=config.max_pixels,
+        max_image_bytes=parse_size(config.max_image_bytes, setting="max_image_bytes"),
+        timeout_s=config.image_timeout_s,
+    )
+    on_gpu = resources.gpus > 0
+    threads = max(1, round(resources.cpus))
+    _check_device(config, "cuda" if on_gpu else "cpu")
+    return FlowSettings(
+        run_id=run_id,
+        output=config.output,
+        info=info,
+        weights=join_uri(config.output, info.weights),
+        storage=Storage(config.storage),
+        read=ReadOptions(
+            chunk_images=info.layout.chunk_images,
+            chunk_bytes=info.layout.chunk_bytes,
+            max_image_bytes=limits.max_image_bytes,
+            carry=info.layout.carry,
+            image_column=info.layout.image_column,
+            key_column=info.layout.key_column,
+        ),
+        embedder=EmbedderOptions(
+            device="cuda" if on_gpu else "cpu",
+            engine=config.engine,
+            batch_size=config.batch_size or (128 if on_gpu else 16),
+            decode_threads=threads,
+            torch_threads=None if on_gpu else threads,
+            limits=limits,
+            image_timeout_s=config.image_timeout_s,
+            top_k_classes=info.layout.top_k_classes,
+            embedding_dtype=info.layout.embedding_dtype,
+        ),
+    )

@@ -1,0 +1,357 @@
+"""The embed job: plan, claim the output, run the flow, commit, account for every image."""
+
+import json
+import math
+import time
+import uuid
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, replace
+
+from pipeline.backbones import find_backbone
+from pipeline.config import EmbedConfig, parse_failure_limit
+from pipeline.embed_job import dataflow
+from pipeline.embed_job.actors import FlowSettings, make_flow_settings
+from pipeline.embed_job.dry_run import DryRunReport, estimate_run
+from pipeline.embed_job.efficiency import judge_run
+from pipeline.embed_job.lease import Lease
+from pipeline.embed_job.ledger import OpenShard
+from pipeline.embed_job.metrics import DriverMetrics
+from pipeline.embed_job.plan import Plan, count_shards, list_again, plan_shards
+from pipeline.embed_job.prepare import describe_output, make_output
+from pipeline.embed_job.report import Counters, EmbedReport, ImageCounts, show_progress
+from pipeline.embed_job.report_page import render_report, sample_failures
+from pipeline.embed_job.resources import Resources
+from pipeline.embed_job.wire import Receipt
+from pipeline.errors import CorruptionError, SettingsError, StorageError, TooManyFailuresError
+from pipeline.input.listing import Listing, list_sources
+from pipeline.log import LOG
+from pipeline.output.commits import (
+    list_commits,
+    list_present_commits,
+    list_retired,
+    prune_output,
+    renew_commit,
+    restore_commit,
+    retire_commit,
+    write_commit,
+)
+from pipeline.output.info import OutputInfo
+from pipeline.output.verify import VerifyReport, verify_output
+from pipeline.records import Commit, Shard, count_statuses
+from pipeline.storage import Storage, join_uri, normalise_uri
+
+_COMMIT_THREADS = 16
+
+
+def embed(
+    config: EmbedConfig, *, stand_in: type | None = None
+) -> EmbedReport | DryRunReport | VerifyReport:
+    """Bring an output up to date with its input: every image one row, exactly once.
+
+    Args:
+        config: The settings.
+        stand_in: Takes the place of the embedder actors; see ``dataflow.run_flow``.
+
+    Returns:
+        The report; of the check with ``verify``, of the plan with ``dry_run``.
+
+    Raises:
+        SettingsError: The settings are wrong, or do not fit the input or the output.
+        LeaseError: Another live run writes to the output.
+        TooManyFailuresError: More images failed than ``max_failures`` allows.
+        StorageError: Storage failed for good; committed shards stay, and a rerun goes on.
+        CorruptionError: The output is damaged, or the books do not balance.
+    """
+    started_s = time.time()
+    config = replace(config, output=normalise_uri(config.output))
+    storage = Storage(config.storage)
+    if config.verify:
+        return _verify(config, storage)
+    find_backbone(config.model)  # a misspelt name needs no listing to be found
+    listing_started_s = time.perf_counter()
+    listing = list_sources(config.input, config.input_kind, storage)
+    list_s = time.perf_counter() - listing_started_s
+    _refuse_overlap(config.output, listing)
+    info, weights = describe_output(config, storage)
+    if config.dry_run:
+        return estimate_run(config, info, listing, storage)
+    run_id = time.strftime("%Y%m%d-%H%M%S", time.gmtime(started_s)) + f"-{uuid.uuid4().hex[:6]}"
+    with Lease(config.output, run_id, storage=storage) as lease:
+        claimed = make_output(config, info, weights, listing, storage)
+        run = _Run(config, run_id, started_s, claimed, lease)
+        return run.execute(listing, list_s=list_s, stand_in=stand_in)
+
+
+def _refuse_overlap(output: str, listing: Listing) -> None:
+    for root in listing.roots:
+        if f"{output}/".startswith(f"{root.rstrip('/')}/"):
+            raise SettingsError(
+                f"the output {output!r} lies inside the input {root!r}, so the next run would read "
+                "its parts as shards; choose an --output beside the input"
+            )
+
+
+def _verify(config: EmbedConfig, storage: Storage) -> VerifyReport:
+    report = verify_output(config.output, storage)
+    if report.problems:
+        error = CorruptionError(
+            f"{len(report.problems)} problems in {config.output!r}, the first: "
+            f"{report.problems[0]}; delete the commits of the shards concerned, and run again"
+        )
+        error.report = report
+        raise error
+    return report
+
+
+class _Run:
+    """One run of the embed job, the sole committer of its output."""
+
+    def __init__(
+        self, config: EmbedConfig, run_id: str, started_s: float, info: OutputInfo, lease: Lease
+    ) -> None:
+        self._config = config
+        self._run_id = run_id
+        self._started_s = started_s
+        self._info = info
+        self._lease = lease
+        self._storage = Storage(config.storage)
+        self._stand_in: type | None = None
+        self._counters = Counters()
+        self._sequence = 1
+        self._committed: dict[str, Commit] = {}
+        self._failed_shards: dict[str, str] = {}
+        self._resources = Resources(0, 0.0, 0.0)
+        self._embed_started_s = self._embed_ended_s = started_s
+
+    def execute(self, listing: Listing, *, list_s: float, stand_in: type | None) -> EmbedReport:
+        """Bring the output up to date and report."""
+        self._stand_in = stand_in
+        self._counters.seconds["list"] = list_s
+        plan, commits = self._plan(listing)
+        self._apply_changes(plan)
+        if plan.embed:
+            try:
+                self._embed_shards(plan.embed)
+            except TooManyFailuresError as error:  # the report says which, and counts what is done
+                error.report = self._finish(plan, commits)
+                raise
+        if self._config.prune:
+            LOG.info("pruned files=%d", prune_output(self._config.output, self._storage))
+        report = self._finish(plan, commits)
+        if self._failed_shards:
+            raise _describe_failed_shards(report)
+        return report
+
+    def _plan(self, listing: Listing) -> tuple[Plan, Mapping[str, Commit]]:
+        """Return what is to be done, and the commits that are live before it."""
+        output = self._config.output
+        commits, superseded = list_present_commits(output, self._storage)
+        for shard_id in superseded:  # left by a run that was killed between commit and clean-up
+            retire_commit(output, shard_id, self._storage)
+        retired = list_retired(output, self._storage)
+        known = [*commits.values(), *retired.values()]
+        self._sequence = 1 + max((commit.sequence for commit in known), default=0)
+        plan = plan_shards(
+            listing,
+            space_id=self._info.space.id,
+            layout=self._info.layout,
+            commits=commits,
+            retired=retired,
+            again=list_again(self._config, commits),
+            sequence=self._sequence,
+        )
+        LOG.info(
+            "plan run=%s shards_to_embed=%d carried_over=%d restored=%d removed=%d",
+            self._run_id,
+            len(plan.embed),
+            len(plan.carried),
+            len(plan.restored),
+            len(plan.removed),
+        )
+        return plan, commits
+
+    def _apply_changes(self, plan: Plan) -> None:
+        """Bring back shards whose source is back, take out those whose source is gone."""
+        output = self._config.output
+        for commit, supersedes in plan.restored:
+            renewed = renew_commit(
+                commit, sequence=self._sequence, run_id=self._run_id, supersedes=supersedes
+            )
+            restore_commit(output, renewed, self._storage)
+            for shard_id in supersedes:
+                retire_commit(output, shard_id, self._storage)
+        for commit in plan.removed:
+            retire_commit(output, commit.shard_id, self._storage)
+
+    def _embed_shards(self, shards: Sequence[Shard]) -> None:
+        limits = parse_failure_limit(self._config.max_failures)
+        open_shards = {shard.id: OpenShard(shard) for shard in shards}
+        total_bytes = sum(shard.size_bytes for shard in shards)
+        with (
+            dataflow.cluster(self._config.ray_address),
+            ThreadPoolExecutor(_COMMIT_THREADS, "commit") as pool,
+            show_progress(total_bytes) as progress,
+            DriverMetrics(self._run_id) as metrics,
+            closing(self._start_flow(shards)) as receipts,
+        ):
+            metrics.start(total_bytes)
+            pending: list[Future[None]] = []
+            sent_s = time.time()
+            self._embed_started_s = math.inf
+            for receipt in receipts:
+                self._lease.check()
+                self._embed_started_s = min(self._embed_started_s, time.time() - receipt.load_s)
+                opened = open_shards.get(receipt.shard_id)
+                if opened is None or receipt.chunk in opened.parts:
+                    continue  # sent once more after a fault
+                if self._take(receipt, opened):
+                    del open_shards[receipt.shard_id]
+                    pending.append(pool.submit(self._commit, opened))
+                    metrics.count_commit()
+                pending = _drop_finished(pending)
+                self._embed_ended_s = time.time()
+                self._counters.mark(self._embed_ended_s - sent_s)
+                self._counters.check_limit(*limits)
+                progress.update(
+                    images=self._counters.rows,
+                    failures=self._counters.failures,
+                    done_bytes=self._counters.encoded_bytes,
+                    seconds=self._embed_ended_s - self._embed_started_s,
+                )
+            _ = [future.result() for future in pending]
+        self._counters.check_limit(*limits, final=True)
+        if unfinished := set(open_shards) - set(self._failed_shards):
+            raise CorruptionError(
+                f"{len(unfinished)} shards sent no final receipt, e.g. "
+                f"{open_shards[unfinished.pop()].shard.source}; run again"
+            )
+
+    def _start_flow(self, shards: Sequence[Shard]) -> Generator[Receipt, None, None]:
+        self._resources = dataflow.choose_resources(self._config)
+        settings: FlowSettings = make_flow_settings(
+            self._config, self._info, self._resources, run_id=self._run_id
+        )
+        return dataflow.run_flow(shards, settings, self._resources, stand_in=self._stand_in)
+
+    def _take(self, receipt: Receipt, opened: OpenShard) -> bool:
+        """Book a receipt; return whether its shard is complete."""
+        if receipt.error is not None:
+            self._failed_shards[receipt.shard_id] = f"{opened.shard.source}: {receipt.error}"
+            return False
+        counters = self._counters
+        counters.encoded_bytes += receipt.nbytes
+        for stage, seconds in receipt.seconds.items():
+            counters.seconds[stage] += seconds
+        counters.notes.update(receipt.notes)
+        if receipt.part is not None:
+            counters.statuses.update(receipt.part.statuses)
+        if receipt.batch_size:
+            counters.batch_size = min(counters.batch_size or receipt.batch_size, receipt.batch_size)
+        return opened.add(receipt)
+
+    def _commit(self, opened: OpenShard) -> None:
+        self._lease.check()  # it may have waited for its turn
+        commit = opened.make_commit(
+            space_id=self._info.space.id, sequence=self._sequence, run_id=self._run_id
+        )
+        write_commit(self._config.output, commit, self._storage)
+        self._committed[commit.shard_id] = commit
+        LOG.debug(
+            "commit run=%s shard=%s source=%s rows=%d",
+            self._run_id,
+            commit.shard_id,
+            commit.source,
+            commit.rows,
+        )
+        for shard_id in commit.supersedes:
+            retire_commit(self._config.output, shard_id, self._storage)
+
+    def _count_removed(self, plan: Plan, before: Mapping[str, Commit]) -> int:
+        """Count rows whose source is gone: of whole shards, and out of bundles that live on."""
+        shrunk = (
+            sum(before[old].rows for old in commit.supersedes if old in before) - commit.rows
+            for commit in self._committed.values()
+            if commit.kind == "bundle" and commit.supersedes
+        )
+        return sum(commit.rows for commit in plan.removed) + sum(shrunk)
+
+    def _count_images(
+        self, plan: Plan, before: Mapping[str, Commit], live: Mapping[str, Commit]
+    ) -> ImageCounts:
+        statuses = count_statuses(commit.statuses for commit in self._committed.values())
+        kept = [before[key] for key in before if key in live and key not in self._committed]
+        restored = [commit for commit, _ in plan.restored]
+        removed_rows = self._count_removed(plan, before)
+        return ImageCounts(
+            listed=sum(commit.rows for commit in live.values()) + removed_rows,
+            embedded=statuses.get("ok", 0),
+            failed={status: n for status, n in statuses.items() if status != "ok"},
+            carried_over=sum(commit.rows for commit in [*kept, *restored]),
+            removed=removed_rows,
+        )
+
+    def _finish(self, plan: Plan, before: Mapping[str, Commit]) -> EmbedReport:
+        """Balance the books against what the output holds now, and write the report."""
+        self._embed_started_s = min(self._embed_started_s, self._embed_ended_s)
+        live = list_commits(self._config.output, self._storage)
+        images = self._count_images(plan, before, live)
+        report = EmbedReport(
+            run_id=self._run_id,
+            output=self._config.output,
+            space_id=self._info.space.id,
+            settings=asdict(self._config),
+            started_s=self._started_s,
+            seconds=time.time() - self._started_s,
+            embed_seconds=self._embed_ended_s - self._embed_started_s,
+            startup_seconds=self._embed_started_s - self._started_s,
+            images=images,
+            shards=count_shards(plan)
+            | {"embedded": len(self._committed), "failed": len(self._failed_shards)},
+            rows=count_statuses(commit.statuses for commit in live.values()),
+            images_per_s=self._counters.rows
+            / max(1e-9, self._embed_ended_s - self._embed_started_s),
+            efficiency=judge_run(
+                images.embedded,
+                self._embed_ended_s - self._embed_started_s,
+                self._counters.seconds,
+                self._resources,
+            ),
+            encoded_bytes=self._counters.encoded_bytes,
+            stage_seconds=dict(self._counters.seconds),
+            notes=dict(self._counters.notes),
+            actors=asdict(self._resources),
+            batch_size=self._counters.batch_size,
+            failed_shards=self._failed_shards,
+            newest_image_s=max((c.modified_s or 0.0 for c in live.values()), default=0.0) or None,
+            timeline=self._counters.timeline,
+        )
+        self._write_report(report)
+        return report
+
+    def _write_report(self, report: EmbedReport) -> None:
+        base = join_uri(self._config.output, "runs", self._run_id)
+        values = report.to_dict()
+        self._storage.put(f"{base}.json", json.dumps(values, indent=2, ensure_ascii=False).encode())
+        failures = sample_failures(
+            self._config.output, list(self._committed.values()), self._storage
+        )
+        self._storage.put(f"{base}.html", render_report(values, failures=failures).encode())
+
+
+def _drop_finished(pending: list[Future[None]]) -> list[Future[None]]:
+    for future in pending:
+        if future.done():
+            future.result()  # raises what the commit raised
+    return [future for future in pending if not future.done()]
+
+
+def _describe_failed_shards(report: EmbedReport) -> StorageError:
+    first = next(iter(report.failed_shards.values()))
+    error = StorageError(
+        f"{len(report.failed_shards)} shards could not be read and are not committed, "
+        f"the first: {first}; all others are done, run again for the rest"
+    )
+    error.report = report
+    return error

@@ -1,0 +1,1 @@
+"""From encoded bytes to crops: decoding within limits, resizing, cropping, normalising."""

@@ -1,0 +1,209 @@
+"""Held-out queries and their exact neighbours, kept segment by segment.
+
+The exact neighbours of a query over the whole index are the best of its exact neighbours in each
+segment. So every segment computes its own while its rows stream by, no later run has to read the
+vectors again, and deletions only strike entries out. A *floor* per query (the score of its last
+neighbour when the queries were drawn) keeps what later segments add down to what matters.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.errors import CorruptionError, ObjectMissingError
+from pipeline.index.faiss import codes
+from pipeline.index.faiss.codec import Codec, read_codec
+from pipeline.index.faiss.codes import Floats
+from pipeline.index.files import FileStore, describe_file
+from pipeline.index.faiss.package import set_threads
+from pipeline.index.manifest import CodecInfo, FileInfo, SegmentInfo, ShardRows, digest_bytes
+from pipeline.index.build.rows import Block, PartSource, SegmentSource, iter_blocks, sum_shards
+from pipeline.records import digest_json
+from pipeline.storage import Storage, join_uri
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.index.faiss.codes import Floats, Rows, search_exact
+
+
+DEPTH = 128
+
+
+TIE = 3e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """Rows that were held out of training, to measure with.
+
+    Attributes:
+        keys: Their keys; a row is not its own neighbour.
+        vectors: Unit vectors, float32 (n, dim).
+        floors: Scores below which neighbours are not kept, float32 (n,).
+    """
+
+    keys: tuple[str, ...]
+    vectors: Floats
+    floors: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """Exact neighbours in one segment, or merged over several, sorted by query, then score.
+
+    Attributes:
+        query: Position of the query, uint32 (m,).
+        row: Row in the segment, uint32 (m,).
+        score: Cosine, float32 (m,).
+    """
+
+    query: npt.NDArray[np.uint32]
+    row: npt.NDArray[np.uint32]
+    score: Floats
+
+    def to_bytes(self) -> bytes:
+        """Serialise: number of queries, neighbours of each, then rows, then scores."""
+        queries = int(self.query[-1]) + 1 if len(self.query) else 0
+        counts = np.bincount(self.query, minlength=queries).astype(np.uint32)
+        head = np.array([queries], np.uint32)
+        return b"".join(array.tobytes() for array in (head, counts, self.row, self.score))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Truth":
+        """Read ``to_bytes``."""
+        values = np.frombuffer(data, np.uint32)
+        counts, rest = np.split(values[1:], [int(values[0])])
+        row, score = np.split(rest, 2)
+        return cls(
+            np.repeat(np.arange(len(counts), dtype=np.uint32), counts), row, score.view("f4")
+        )
+
+
+class TruthBuilder:
+    """Collects the exact neighbours of queries in rows that stream by."""
+
+    def __init__(self, queries: Queries) -> None:
+        self._queries = queries
+        self._keys = pa.array(queries.keys, pa.string())
+        count = len(queries.keys)
+        self._scores = np.full((count, 0), -np.inf, np.float32)
+        self._rows = np.zeros((count, 0), np.int64)
+
+    def add(self, vectors: Floats, keys: pa.ChunkedArray, first_row: int) -> None:
+        """Look at the next rows: unit vectors (n, dim), their keys, the number of the first."""
+        if not len(self._keys) or not len(vectors):
+            return
+        scores, rows = search_exact(self._queries.vectors, vectors, DEPTH + 1)
+        own = pc.index_in(keys, value_set=self._keys).fill_null(-1).to_numpy()
+        itself = own[rows] == np.arange(len(rows))[:, None]
+        scores[itself] = -np.inf
+        self._scores = np.concatenate([self._scores, scores], axis=1)
+        self._rows = np.concatenate([self._rows, rows + first_row], axis=1)
+        if self._scores.shape[1] > DEPTH:
+            best = np.argpartition(-self._scores, DEPTH - 1, axis=1)[:, :DEPTH]
+            self._scores = np.take_along_axis(self._scores, best, axis=1)
+            self._rows = np.take_along_axis(self._rows, best, axis=1)
+
+    def finish(self) -> Truth:
+        """Return what was found, without what lies below the floors."""
+        order = np.argsort(-self._scores, axis=1, kind="stable")
+        scores = np.take_along_axis(self._scores, order, axis=1)
+        rows = np.take_along_axis(self._rows, order, axis=1)
+        kept = (scores >= self._queries.floors[:, None]) & np.isfinite(scores)
+        query = np.nonzero(kept)[0].astype(np.uint32)
+        return Truth(query, rows[kept].astype(np.uint32), scores[kept])
+
+
+def read_queries(files: FileStore, queries: Mapping[str, FileInfo], dim: int) -> Queries:
+    """Return the held-out queries; none where there is no such file."""
+    if "queries" not in queries:
+        return Queries((), np.zeros((0, dim), np.float32), np.zeros(0, np.float32))
+    floors = files.fetch(queries["floors"]).read_bytes() if "floors" in queries else None
+    return decode_queries(files.fetch(queries["queries"]).read_bytes(), floors)
+
+
+"""Exact neighbours kept per query: 100 to measure by, the rest so that deletions leave 100."""
+
+
+"""Scores closer than this are equal: the order of summation moves a cosine less."""
+
+
+def merge_truths(truths: Sequence[Truth], count: int, depth: int = DEPTH) -> Floats:
+    """Return the best scores of each query over all segments, (count, depth), -inf padded."""
+    query = np.concatenate([truth.query for truth in truths])
+    score = np.concatenate([truth.score for truth in truths])
+    order = np.lexsort((-score, query))
+    query, score = query[order], score[order]
+    rank = np.arange(len(query)) - np.searchsorted(query, query)
+    merged = np.full((count, depth), -np.inf, np.float32)
+    kept = rank < depth
+    merged[query[kept], rank[kept]] = score[kept]
+    return merged
+
+
+def drop_dead(truth: Truth, dead: npt.NDArray[np.bool_]) -> Truth:
+    """Return the neighbours in a segment that are not deleted."""
+    live = ~dead[truth.row]
+    return Truth(truth.query[live], truth.row[live], truth.score[live])
+
+
+def encode_queries(keys: Sequence[str], vectors: Floats) -> bytes:
+    """Serialise queries as an Arrow stream."""
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+    table = pa.table({"key": pa.array(keys, pa.string()), "vector": flat})
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def decode_queries(data: bytes, floors: bytes | None) -> Queries:
+    """Read ``encode_queries`` and the floors, which are -inf where None."""
+    table = pa.ipc.open_stream(data).read_all()
+    column = table.column("vector").combine_chunks()
+    vectors = column.flatten().to_numpy().reshape(len(column), column.type.list_size)
+    keys = tuple(table.column("key").to_pylist())
+    lowest: Any = np.full(len(keys), -np.inf, np.float32)
+    return Queries(keys, vectors, np.frombuffer(floors, np.float32) if floors else lowest)
+
+
+def find_floors(scores: Floats, slack: float = TIE) -> Floats:
+    """Return each query's lowest kept score from merged truth; -inf where fewer were found."""
+    last = scores[:, -1]
+    return cast(Floats, np.where(np.isfinite(last), last - slack, -np.inf).astype(np.float32))
+
+
+def count_hits(found: Floats, truth: Floats, k: int) -> tuple[Floats, Rows]:
+    """Compare found scores with exact ones.
+
+    A found row counts if it is as near as the exact k-th neighbour: of two equal pictures either
+    is right.
+
+    Args:
+        found: Scores found, best first, (n, >= k), -inf padded.
+        truth: Exact scores, best first, (n, >= k), -inf padded.
+        k: How many neighbours are asked for.
+
+    Returns:
+        Hits and possible hits of each query, (n,) each.
+    """
+    possible = np.isfinite(truth[:, :k]).sum(axis=1)
+    last = truth[np.arange(len(truth)), np.maximum(possible, 1) - 1]
+    hits = (found[:, :k] >= (last - TIE)[:, None]).sum(axis=1)
+    return np.minimum(hits, possible).astype(np.float32), possible

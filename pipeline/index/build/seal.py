@@ -1,0 +1,181 @@
+"""From a draft to a generation that may be published: deletions written, measured, gated."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.index.build.changes import encode_owners
+from pipeline.index.build.draft import Build, Draft
+from pipeline.index.build.gates import Gate, check_files, check_keys, check_recall, check_row_drop, check_rows, check_self_hits
+from pipeline.index.faiss.package import describe_engine
+from pipeline.index.manifest import FileInfo, Manifest, SearchParams, Tombstones, put_file
+from pipeline.index.build.measure import Measured, MeasureTask, combine, measure_segment, read_truth
+from pipeline.index.publish import name_generation
+from pipeline.index.vectors import pack_bits
+from pipeline.index.build.ground_truth import read_queries
+from pipeline.index.build.kinds import code_bytes
+from pipeline.index.build.tune import Measure, Tuned, tune
+
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A generation that is ready, and how it came to be.
+
+    Attributes:
+        manifest: The generation.
+        gates: What was checked.
+        written: Files that this run wrote.
+    """
+
+    manifest: Manifest
+    gates: tuple[Gate, ...]
+    written: tuple[FileInfo, ...]
+
+    @property
+    def written_bytes(self) -> int:
+        """Size of the files that this run wrote."""
+        return sum(file.size_bytes for file in self.written)
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """What a generation needs besides its segments.
+
+    Attributes:
+        generation: Its name.
+        tombstones: Deleted rows by segment id.
+        owners: The file that says which shards own which rows.
+        written: The files that are new.
+    """
+
+    generation: str
+    tombstones: Mapping[str, Tombstones]
+    owners: FileInfo
+    written: tuple[FileInfo, ...]
+
+
+def finish(build: Build, draft: Draft, seq: int) -> Finished:
+    """Write what is left to write, measure, check the gates; publishes nothing."""
+    rest = write_rest(build, draft, name_generation(seq))
+    tuned = measure_draft(build, draft, rest.tombstones)
+    manifest = make_manifest(build, draft, rest, tuned=tuned, seq=seq)
+    new = [f for b in draft.built if not b.reused for f in b.info.files.values()]
+    return Finished(
+        manifest,
+        tuple(list_gates(build, draft, manifest=manifest, measured=tuned.chosen)),
+        (*new, *draft.written, *rest.written),
+    )
+
+
+def make_manifest(build: Build, draft: Draft, rest: Rest, *, tuned: Tuned, seq: int) -> Manifest:
+    """Return the manifest of a generation whose files are all written."""
+    parent = build.parent
+    return Manifest(
+        generation=rest.generation,
+        seq=seq,
+        parent=parent.generation if parent else None,
+        created_s=time.time(),
+        embeddings=build.source.describe(),
+        dim=build.source.dim,
+        rows=draft.rows,
+        codec=draft.codec,
+        segments=draft.segments,
+        tombstones=rest.tombstones,
+        search=tuned.chosen.params,
+        reason=build.plan.reason,
+        change=draft.reason,
+        queries=draft.queries,
+        measured=tuned.chosen.to_dict() | {"target": build.config.target_recall},
+        curve=tuple(item.to_dict() for item in tuned.curve) or (parent.curve if parent else ()),
+        owners=rest.owners,
+        map=draft.map,
+        skipped=draft.skipped,
+        faiss_version=describe_engine().version,
+    )
+
+
+def write_rest(build: Build, draft: Draft, generation: str) -> Rest:
+    """Write owners, and the deletions that are new; take over those that are not."""
+    index, storage = build.files.index, build.files.storage
+    path = f"generations/{generation}/owners.json"
+    owners = put_file(index, path, data=encode_owners(draft.owners), storage=storage)
+    old = build.parent.tombstones if build.parent else {}
+    tombstones: dict[str, Tombstones] = {}
+    written = [owners]
+    for segment, dead in draft.dead.items():
+        rows = int(dead.sum())
+        if segment in old and old[segment].rows == rows:  # rows never come back to life
+            tombstones[segment] = old[segment]
+            continue
+        path = f"tombstones/{generation}/{segment}.bits"
+        tombstones[segment] = Tombstones(
+            put_file(index, path, data=pack_bits(dead), storage=storage), rows
+        )
+        written.append(tombstones[segment].file)
+    return Rest(generation, tombstones, owners, tuple(written))
+
+
+def measure_draft(build: Build, draft: Draft, tombstones: Mapping[str, Tombstones]) -> Tuned:
+    """Measure with the parent's parameters if they still do; tune otherwise."""
+    measure = make_measure(build, draft, tombstones)
+    target = build.config.target_recall
+    if build.parent is not None and build.parent.codec == draft.codec:
+        [again] = measure([build.parent.search], True)
+        if again.recall[10][0] >= target:
+            return Tuned(again, ())
+    return tune(
+        draft.codec.kind,
+        lists=draft.codec.lists,
+        rows=max(segment.rows for segment in draft.segments),
+        target=target,
+        measure=measure,
+    )
+
+
+def make_measure(build: Build, draft: Draft, tombstones: Mapping[str, Tombstones]) -> Measure:
+    """Return what measures settings over all segments of a draft, one task a segment."""
+    files, dim = build.files, build.source.dim
+    truth = read_truth(
+        files,
+        draft.segments,
+        tombstones=tombstones,
+        queries=read_queries(files, draft.queries, dim),
+    )
+    rows = max(segment.rows for segment in draft.segments)
+    memory_bytes = rows * code_bytes(draft.codec.kind, dim) + (1 << 29)
+
+    def measure(settings: Sequence[SearchParams], timed: bool) -> list[Measured]:
+        tasks = [
+            MeasureTask(
+                files=files,
+                dim=dim,
+                codec=draft.codec,
+                segment=segment,
+                tombstones=tombstones.get(segment.id),
+                queries=draft.queries,
+                settings=tuple(settings),
+                timed=timed,
+            )
+            for segment in draft.segments
+        ]
+        measures = build.workers.run(measure_segment, tasks, memory_bytes=memory_bytes)
+        return combine(measures, settings, truth)
+
+    return measure
+
+
+def list_gates(build: Build, draft: Draft, *, manifest: Manifest, measured: Measured) -> list[Gate]:
+    """Check all gates; digests and counts were verified when the segments were measured."""
+    config = build.config
+    new = {item.info.id for item in draft.built}
+    kept = [segment for segment in draft.segments if segment.id not in new]
+    before = build.parent.rows if build.parent else 0
+    return [
+        check_files(build.files, kept),
+        check_rows(manifest.rows, manifest.skipped, build.source.ok_rows),
+        check_row_drop(before, manifest.rows, config.max_row_drop),
+        check_keys(build.files, manifest.segments, manifest.tombstones, new=new),
+        check_self_hits(measured),
+        check_recall(measured, config.target_recall),
+    ]

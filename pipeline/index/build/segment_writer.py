@@ -1,0 +1,253 @@
+"""One segment: built from rows that stream by, in bounded memory, under a content-derived name."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.errors import CorruptionError, ObjectMissingError
+from pipeline.index.faiss import codes
+from pipeline.index.faiss.codec import Codec, read_codec
+from pipeline.index.faiss.codes import Floats
+from pipeline.index.files import FileStore, describe_file
+from pipeline.index.faiss.package import set_threads
+from pipeline.index.manifest import CodecInfo, FileInfo, SegmentInfo, ShardRows, digest_bytes
+from pipeline.index.build.rows import Block, PartSource, SegmentSource, iter_blocks, sum_shards
+from pipeline.index.build.ground_truth import Queries, TruthBuilder, decode_queries
+from pipeline.records import digest_json
+from pipeline.storage import Storage, join_uri
+from pipeline.index.build.ground_truth import read_queries
+from pipeline.index.search.segment import open_codec
+
+
+BUILD_VERSION = 1
+
+
+"""Part of every segment's name: raise it when the same rows would make other files."""
+
+
+COSINE_STRIDE = 16
+
+
+"""Every how manieth row is looked at for drift; assigning all of them twice would be dear."""
+
+
+KEY_GROUP_ROWS = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentTask:
+    """Everything that decides a segment; pickles, so that any machine can build it.
+
+    Attributes:
+        index: URI of the index.
+        embeddings: URI of the embeddings.
+        dim: Width of the vectors.
+        codec: How rows are encoded.
+        sources: Its rows, in order.
+        delta: Whether it adds to an existing generation.
+        packed: Whether codes are laid out in blocks.
+        queries: The held-out queries (``queries``, ``floors``) to find exact neighbours for.
+        storage: How to reach both.
+        cache_dir: Where copies of remote files go.
+        threads: Threads for FAISS.
+    """
+
+    index: str
+    embeddings: str
+    dim: int
+    codec: CodecInfo
+    sources: tuple[PartSource | SegmentSource, ...]
+    delta: bool
+    packed: bool
+    queries: Mapping[str, FileInfo]
+    storage: Storage
+    cache_dir: Path
+    threads: int = 1
+
+    @property
+    def id(self) -> str:
+        """Digest of what decides the files, 16 hex digits."""
+        sources = [_identify(source) for source in self.sources]
+        queries = {name: file.sha256 for name, file in self.queries.items()}
+        kind = [self.dim, self.codec.id, self.codec.kind, self.delta, self.packed]
+        return digest_json([BUILD_VERSION, kind, queries, sources])
+
+
+def _identify(source: PartSource | SegmentSource) -> list[Any]:
+    if isinstance(source, SegmentSource):
+        return [source.segment.id, digest_bytes(source.dead)]
+    return [source.path, source.rows_sha256, source.take]
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltSegment:
+    """A segment and where its rows came from.
+
+    Attributes:
+        info: What the manifest records; without files if no row was usable.
+        shards: Ranges of its rows by shard; empty for rows that came from other segments.
+        reused: True if it had been built before.
+    """
+
+    info: SegmentInfo
+    shards: tuple[ShardRows, ...]
+    reused: bool = False
+
+    def to_json(self) -> bytes:
+        """Serialise for ``segment.json``, which is written last: it says the segment is whole."""
+        shards = [astuple(item) for item in self.shards]
+        return json.dumps({"info": asdict(self.info), "shards": shards}).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> "BuiltSegment":
+        """Read ``to_json``, as a segment that had been built before."""
+        values = json.loads(data)
+        shards = tuple(ShardRows(*item) for item in values["shards"])
+        return cls(SegmentInfo.from_dict(values["info"]), shards, reused=True)
+
+
+def build_segment(task: SegmentTask) -> BuiltSegment:
+    """Build a segment, or find that it is there already.
+
+    Writes under ``segments/<id>/`` of the index; a second try writes the same names again.
+
+    Raises:
+        CorruptionError: A source is damaged, or two of its rows have one key.
+    """
+    folder = f"segments/{task.id}"
+    done = join_uri(task.index, folder, "segment.json")
+    try:
+        return BuiltSegment.from_json(task.storage.read(done))
+    except ObjectMissingError:
+        pass
+    set_threads(task.threads)
+    files = FileStore(task.index, task.storage, task.cache_dir)
+    with tempfile.TemporaryDirectory(prefix="segment-") as scratch:
+        writer = _SegmentWriter(task, files, Path(scratch))
+        for block in iter_blocks(
+            task.sources, embeddings=task.embeddings, files=files, dim=task.dim
+        ):
+            writer.add(block)
+        built = writer.finish(folder)
+    task.storage.put(done, built.to_json())
+    return built
+
+
+@dataclass(slots=True)
+class _Totals:
+    """What a writer counts as rows pass."""
+
+    rows: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    shards: list[tuple[str, int, int]] = field(default_factory=list)
+    cosine_sum: float = 0.0
+    cosine_rows: int = 0
+
+
+class _SegmentWriter:
+    def __init__(self, task: SegmentTask, files: FileStore, scratch: Path) -> None:
+        self._task, self._scratch, self._files = task, scratch, files
+        self._codec = open_codec(files, task.codec, task.dim)
+        self._index = self._codec.make_index(packed=task.packed)
+        self._truth = TruthBuilder(read_queries(files, task.queries, task.dim))
+        self._vectors = (scratch / "vectors.f16").open("wb")
+        self._keys: pq.ParquetWriter | None = None
+        self._names: list[pa.ChunkedArray] = []
+        self._totals = _Totals()
+
+    def add(self, block: Block) -> None:
+        """Append rows to all files."""
+        totals = self._totals
+        for reason, number in block.skipped.items():
+            totals.skipped[reason] = totals.skipped.get(reason, 0) + number
+        totals.shards += block.shards
+        if not len(block.vectors):
+            return
+        halves = block.vectors.astype(np.float16)
+        self._vectors.write(halves.tobytes())
+        self._write_keys(block.keys)
+        # The truth is what a search without shortcuts would find, so it rounds as that does.
+        exact = block.vectors if self._codec.is_exact else halves.astype(np.float32)
+        self._truth.add(exact, block.keys.column("key"), totals.rows)
+        rotated = self._codec.rotate(block.vectors)
+        self._index.add(rotated)
+        self._measure_cosine(rotated)
+        totals.rows += len(block.vectors)
+
+    def _write_keys(self, keys: pa.Table) -> None:
+        if self._keys is None:
+            path = self._scratch / "keys.parquet"
+            self._keys = pq.ParquetWriter(
+                path, keys.schema, compression="zstd", write_page_checksum=True
+            )
+        self._keys.write_table(keys, row_group_size=KEY_GROUP_ROWS)
+        self._names.append(keys.column("key"))
+
+    def _measure_cosine(self, rotated: Floats) -> None:
+        found = self._codec.find_lists(rotated[::COSINE_STRIDE], 1)
+        if found is not None:
+            self._totals.cosine_sum += float(found[0].sum())
+            self._totals.cosine_rows += len(found[0])
+
+    def finish(self, folder: str) -> BuiltSegment:
+        """Write what is left, put all files into the index, and describe them."""
+        self._vectors.close()
+        if self._keys is None:
+            return BuiltSegment(self._describe({}, "", ""), sum_shards(self._totals.shards))
+        self._keys.close()
+        first_key, last_key = self._write_order(folder)
+        codes.write_index(self._index, self._scratch / "index.faiss")
+        (self._scratch / "truth.bin").write_bytes(self._truth.finish().to_bytes())
+        sizes = codes.count_list_sizes(self._index)
+        if len(sizes):
+            sizes.tofile(self._scratch / "lists.u32")
+        info = self._describe(self._upload(folder), first_key, last_key)
+        return BuiltSegment(info, sum_shards(self._totals.shards))
+
+    def _describe(
+        self, files: Mapping[str, FileInfo], first_key: str, last_key: str
+    ) -> SegmentInfo:
+        totals, task = self._totals, self._task
+        cosine = totals.cosine_sum / totals.cosine_rows if totals.cosine_rows else None
+        return SegmentInfo(
+            id=task.id,
+            kind=task.codec.kind,
+            delta=task.delta,
+            packed=task.packed,
+            rows=totals.rows,
+            files=files,
+            skipped=totals.skipped,
+            mean_cosine=cosine,
+            first_key=first_key,
+            last_key=last_key,
+        )
+
+    def _write_order(self, folder: str) -> tuple[str, str]:
+        chunks = [chunk for names in self._names for chunk in names.chunks]
+        keys = pa.concat_arrays([chunk.cast(pa.large_string()) for chunk in chunks])
+        order = pc.sort_indices(keys)
+        in_order = keys.take(order)
+        repeated = pc.equal(in_order[1:], in_order[:-1])
+        if pc.any(repeated).as_py():
+            key = in_order[pc.index(repeated, True).as_py()].as_py()
+            raise CorruptionError(
+                f"two rows of {folder} have the key {key!r}; keys must be unique: "
+                "is one input given twice?"
+            )
+        order.to_numpy().astype(np.uint32).tofile(self._scratch / "order.u32")
+        return in_order[0].as_py(), in_order[-1].as_py()
+
+    def _upload(self, folder: str) -> dict[str, FileInfo]:
+        files: dict[str, FileInfo] = {}
+        for path in sorted(self._scratch.iterdir()):
+            files[path.stem] = describe_file(path, f"{folder}/{path.name}")
+            self._task.storage.upload(path, join_uri(self._task.index, folder, path.name))
+        return files

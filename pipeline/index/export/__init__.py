@@ -1,0 +1,1 @@
+"""Exports of a generation: kNN graph, near-duplicates, plain FAISS files."""

@@ -1,0 +1,351 @@
+"""An opened generation: its segments searched as one, safe for many threads."""
+
+import math
+import threading
+from collections.abc import Sequence
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+from pipeline.errors import (
+    CorruptionError,
+    QueryError,
+    UnknownKeyError,
+)
+from pipeline.index.faiss.codec import Codec
+from pipeline.index.faiss.codes import Floats, Rows
+from pipeline.index.faiss.package import set_threads
+from pipeline.index.files import FileStore
+from pipeline.index.manifest import Manifest, SearchParams
+from pipeline.index.map import read_map
+from pipeline.index.search.keys import choose_similar
+from pipeline.index.search.neighbour import IndexInfo, Neighbour, check_vectors, make_neighbour
+from pipeline.index.search.segment import Mask, Request, Segment, open_codec
+from pipeline.index.vectors import read_bits
+
+MAX_CANDIDATES = 32
+
+MAX_K = 10_000
+
+
+KEPT_MASKS = 16
+
+
+SUGGESTIONS = 3
+
+
+class Generation:
+    """One opened generation.
+
+    Attributes:
+        manifest: What was published.
+        segments: Its segments, opened.
+        live: Rows that are not deleted, by segment; None where all are live.
+        map: A sample of the rows in two dimensions; None where there is none.
+    """
+
+    def __init__(self, manifest: Manifest, files: FileStore, *, known: Sequence[Segment] = ()):
+        """Open a generation; segments in ``known`` that it still has are taken over.
+
+        Raises:
+            CorruptionError: A file is missing or damaged.
+        """
+        self.manifest = manifest
+        self.codec, reusable = _pick_codec(manifest, files, known)
+        self.segments = [
+            reusable.get(info.id) or Segment(info, self.codec, files) for info in manifest.segments
+        ]
+        self.live = [self._read_live(segment, files) for segment in self.segments]
+        self.map = read_map(manifest.map, files)
+
+    def _read_live(self, segment: Segment, files: FileStore) -> Mask | None:
+        tombstones = self.manifest.tombstones.get(segment.info.id)
+        if tombstones is None:
+            return None
+        dead = read_bits(files, tombstones.file, segment.info.rows)
+        if int(dead.sum()) != tombstones.rows:
+            raise CorruptionError(f"{tombstones.file.path} does not hold {tombstones.rows} rows")
+        return Mask.from_flags(~dead, chosen=False)
+
+    @property
+    def columns(self) -> pa.Schema:
+        """Stored columns but the vector."""
+        return self.segments[0].keys.schema
+
+    def search(
+        self,
+        vectors: Floats,
+        k: int,
+        *,
+        params: SearchParams | None = None,
+        masks: Sequence[Mask | None] | None = None,
+    ) -> tuple[Floats, Rows, Rows]:
+        """Return cosines, segment numbers and rows of the nearest rows, best first.
+
+        Args:
+            vectors: Unit vectors, float32 (n, dim).
+            k: Neighbours wanted, at least 1.
+            params: How far to look; as tuned where None.
+            masks: The rows that may be found, by segment; the live ones where None.
+
+        Returns:
+            (n, m) each with m at most ``k``; where a query has fewer, the score is -inf.
+        """
+        params = params or self.manifest.search
+        masks = self.live if masks is None else masks
+        rows = sum(
+            segment.info.rows if mask is None else mask.rows
+            for segment, mask in zip(self.segments, masks, strict=True)
+        )
+        found = self._search_once(vectors, min(k, rows), params=params, masks=masks)
+        while self.codec.lists and params.nprobe < self.codec.lists:
+            short = np.flatnonzero(np.isneginf(found[0]).any(axis=1))
+            if not len(short):
+                break
+            params = SearchParams(2 * params.nprobe, params.candidates, params.ef)
+            again = self._search_once(vectors[short], min(k, rows), params=params, masks=masks)
+            for old, new in zip(found, again, strict=True):
+                np.asarray(old)[short] = new
+        return found
+
+    def _search_once(
+        self, vectors: Floats, k: int, *, params: SearchParams, masks: Sequence[Mask | None]
+    ) -> tuple[Floats, Rows, Rows]:
+        rotated = self.codec.rotate(vectors)
+        lists = self.codec.find_lists(rotated, params.nprobe)
+        request = Request(vectors, rotated, k, params, lists)
+        found = [
+            segment.search(request, mask)
+            for segment, mask in zip(self.segments, masks, strict=True)
+        ]
+        return _merge(found, k)
+
+    def scan(
+        self, vectors: Floats, k: int, *, masks: Sequence[Mask | None] | None = None
+    ) -> tuple[Floats, Rows, Rows]:
+        """Return what ``search`` does, by comparing with every vector."""
+        found = []
+        for segment, mask in zip(self.segments, masks or self.live, strict=True):
+            chosen = np.arange(segment.info.rows) if mask is None else np.flatnonzero(mask.flags)
+            found.append(segment.scan(vectors, k, chosen))
+        return _merge(found, k)
+
+    def sample(self, number: int, random: np.random.Generator) -> tuple[Rows, Rows]:
+        """Return segment numbers and rows of up to ``number`` live rows, without repetition."""
+        sizes = [segment.info.rows for segment in self.segments]
+        offsets = np.cumsum([0, *sizes])
+        extra = sum(tombstones.rows for tombstones in self.manifest.tombstones.values())
+        drawn = random.choice(offsets[-1], min(offsets[-1], number + extra), replace=False)
+        numbers = np.searchsorted(offsets, drawn, side="right") - 1
+        rows = drawn - offsets[numbers]
+        pairs = zip(numbers, rows, strict=True)
+        live = [_is_live(self.live[n], r) for n, r in pairs]
+        return numbers[live][:number], rows[live][:number]
+
+    def make_masks(self, where: ds.Expression) -> list[Mask | None]:
+        """Return the live rows that a filter keeps, by segment.
+
+        Raises:
+            QueryError: The filter does not fit the columns.
+        """
+        masks: list[Mask | None] = []
+        for segment, live in zip(self.segments, self.live, strict=True):
+            kept = segment.keys.filter_rows(where)
+            flags = kept if live is None else kept & live.flags
+            masks.append(Mask.from_flags(flags, chosen=True))
+        return masks
+
+    def find(self, key: str) -> tuple[int, int] | None:
+        """Return segment number and row of a live key, or None."""
+        for number, (segment, live) in enumerate(zip(self.segments, self.live, strict=True)):
+            row = segment.keys.find_row(key)
+            if row is not None and _is_live(live, row):
+                return number, row
+        return None
+
+    def suggest(self, key: str) -> list[str]:
+        """Return live keys that resemble an unknown one, the most similar first."""
+        candidates = (
+            segment.keys.read_key(row)
+            for segment, live in zip(self.segments, self.live, strict=True)
+            for row in segment.keys.find_similar(key)
+            if _is_live(live, row)
+        )
+        return choose_similar(key, islice(candidates, MAX_CANDIDATES))
+
+
+class Snapshot:
+    """One open generation; stays usable while somebody holds it, whatever is published."""
+
+    def __init__(self, uri: str, opened: Generation, *, threads: int) -> None:
+        self.info = describe_generation(uri, opened)
+        self.opened = opened
+        self._threads = threads
+        self._masks: dict[str, list[Mask | None]] = {}
+        self._lock = threading.Lock()
+
+    def search(
+        self,
+        vectors: npt.ArrayLike,
+        k: int = 10,
+        where: pc.Expression | None = None,
+        *,
+        exact: bool = False,
+        params: SearchParams | None = None,
+    ) -> list[list[Neighbour]]:
+        """Return the nearest rows of each vector, best first.
+
+        Args:
+            vectors: (n, dim) or one vector (dim,), of any positive length: cosine is what counts.
+            k: Neighbours per vector, 1 to 10,000; where there are fewer rows, fewer come back.
+            where: Only rows that fulfil it, e.g. ``pc.field("cls") == "dress"``.
+            exact: Compare with every vector instead of looking them up.
+            params: How far to look; as tuned where None.
+
+        Raises:
+            QueryError: The vectors have another width, or are not finite, or zero; ``k`` is out
+                of range; the filter does not fit the columns.
+        """
+        queries = check_vectors(vectors, self.info)
+        if not 1 <= k <= MAX_K:
+            raise QueryError(f"k is {k}; ask for 1 to {MAX_K} neighbours")
+        set_threads(self._threads)
+        masks = None if where is None else self._find_masks(where)
+        if exact:
+            found = self.opened.scan(queries, k, masks=masks)
+        else:
+            found = self.opened.search(queries, k, params=params, masks=masks)
+        return self._describe_rows(*found)
+
+    def neighbours_of(
+        self, key: str, k: int = 10, where: pc.Expression | None = None
+    ) -> list[Neighbour]:
+        """Return the nearest rows of an image of the index, itself left out.
+
+        Raises:
+            UnknownKeyError: The index does not hold that key; the message names similar ones.
+        """
+        found = self.search(self.vector(key)[None], min(k + 1, MAX_K), where)[0]
+        return [neighbour for neighbour in found if neighbour.key != key][:k]
+
+    def vector(self, key: str) -> Floats:
+        """Return the stored unit vector of an image, float32 (dim,).
+
+        Raises:
+            UnknownKeyError: The index does not hold that key; the message names similar ones.
+        """
+        number, row = self._locate(key)
+        vectors = self.opened.segments[number].read_vectors(np.array([row]))
+        return vectors.reshape(-1)
+
+    def find(self, key: str) -> Neighbour:
+        """Return the row of an image, with score 1.
+
+        Raises:
+            UnknownKeyError: The index does not hold that key; the message names similar ones.
+        """
+        number, row = self._locate(key)
+        place = np.array([[number]]), np.array([[row]])
+        return self._describe_rows(np.ones((1, 1), np.float32), *place)[0][0]
+
+    def sample(self, n: int, *, seed: int | None = None) -> list[Neighbour]:
+        """Return up to ``n`` rows drawn at random, without repetition, with score 1."""
+        numbers, rows = self.opened.sample(n, np.random.default_rng(seed))
+        scores = np.ones((1, len(rows)), np.float32)
+        return self._describe_rows(scores, numbers[None], rows[None])[0]
+
+    def _locate(self, key: str) -> tuple[int, int]:
+        found = self.opened.find(key)
+        if found is None:
+            near = self.opened.suggest(key)[:SUGGESTIONS]
+            hint = f"; similar keys: {', '.join(map(repr, near))}" if near else ""
+            raise UnknownKeyError(f"no image with the key {key!r} in {self.info.uri!r}{hint}")
+        return found
+
+    def _find_masks(self, where: pc.Expression) -> list[Mask | None]:
+        text = str(where)
+        with self._lock:
+            masks = self._masks.get(text)
+        if masks is None:
+            masks = self.opened.make_masks(where)
+            with self._lock:
+                while len(self._masks) >= KEPT_MASKS:
+                    del self._masks[next(iter(self._masks))]
+                self._masks[text] = masks
+        return masks
+
+    def _describe_rows(self, scores: Floats, numbers: Rows, rows: Rows) -> list[list[Neighbour]]:
+        segments = self.opened.segments
+        return [
+            [
+                make_neighbour(score, segments[number].keys.read_row(row))
+                for score, number, row in zip(*line, strict=True)
+                if math.isfinite(score)
+            ]
+            for line in zip(scores.tolist(), numbers.tolist(), rows.tolist(), strict=True)
+        ]
+
+
+"""Keys that an unknown one is compared with, letter by letter."""
+
+
+def _is_live(mask: Mask | None, row: int) -> bool:
+    return mask is None or bool(mask.flags[row])
+
+
+def _merge(found: Sequence[tuple[Floats, Rows]], k: int) -> tuple[Floats, Rows, Rows]:
+    """Return the best of what each segment found; -inf where there are fewer than ``k``."""
+    if len(found) == 1 and found[0][0].shape[1] == k:
+        [(scores, rows)] = found
+        return scores, np.zeros_like(rows), rows
+    numbers = [np.full(rows.shape, number) for number, (_, rows) in enumerate(found)]
+    scores = np.concatenate([item[0] for item in found], axis=1)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    merged = (scores, np.concatenate(numbers, axis=1), np.concatenate([f[1] for f in found], 1))
+    scores, owners, rows = (np.take_along_axis(values, order, axis=1) for values in merged)
+    if scores.shape[1] == k:
+        return scores, owners, rows
+    missing = ((0, 0), (0, k - scores.shape[1]))
+    return (
+        np.pad(scores, missing, constant_values=-np.inf),
+        np.pad(owners, missing),
+        np.pad(rows, missing, constant_values=-1),
+    )
+
+
+def _pick_codec(
+    manifest: Manifest, files: FileStore, known: Sequence[Segment]
+) -> tuple[Codec, dict[str, Segment]]:
+    wanted = {info.id for info in manifest.segments}
+    reusable = {segment.info.id: segment for segment in known if segment.info.id in wanted}
+    for segment in reusable.values():  # a segment's id includes its codec's
+        return segment.codec, reusable
+    return open_codec(files, manifest.codec, manifest.dim), {}
+
+
+def describe_generation(uri: str, opened: Generation) -> IndexInfo:
+    """Return what describes an opened generation."""
+    manifest = opened.manifest
+    return IndexInfo(
+        uri=uri,
+        generation=manifest.generation,
+        rows=manifest.rows,
+        dim=manifest.dim,
+        space=manifest.embeddings.space,
+        embeddings=manifest.embeddings.uri,
+        weights=manifest.embeddings.weights,
+        kind=manifest.codec.kind,
+        factory=manifest.codec.factory,
+        search=manifest.search,
+        measured=manifest.measured,
+        created_s=manifest.created_s,
+        newest_image_s=manifest.embeddings.newest_image_s,
+        segments=len(manifest.segments),
+        deleted=sum(item.rows for item in manifest.tombstones.values()),
+        size_bytes=sum(file.size_bytes for file in manifest.list_files()),
+        columns=opened.columns,
+    )

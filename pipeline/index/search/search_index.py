@@ -1,0 +1,166 @@
+"""Nearest neighbours: open an index, search it from any number of threads, keep it fresh."""
+
+import threading
+from pathlib import Path
+
+import numpy.typing as npt
+import pyarrow.compute as pc
+
+from pipeline.errors import CorruptionError, ObjectMissingError, SpaceMismatchError
+from pipeline.index.faiss.codes import Floats
+from pipeline.index.files import FileStore, default_cache_dir
+from pipeline.index.manifest import Manifest, SearchParams
+from pipeline.index.pointer import (
+    Pointer,
+    manifest_path,
+    parse_manifest,
+    read_manifest,
+    read_pointer,
+)
+from pipeline.index.search.generation import Generation, Snapshot
+from pipeline.index.search.neighbour import IndexInfo, Neighbour
+from pipeline.records import Space
+from pipeline.storage import Storage, join_uri, normalise_uri
+
+__all__ = ["IndexInfo", "Neighbour", "SearchIndex", "Snapshot"]
+
+
+class SearchIndex:
+    """An index, its newest generation open.
+
+    Safe to search from many threads. ``refresh`` opens a newer generation beside the running
+    searches, which end on the one they began with.
+    """
+
+    def __init__(self, files: FileStore, *, threads: int, pinned: str | None) -> None:
+        """Use ``SearchIndex.open``."""
+        self.uri = files.index
+        self._files, self._threads, self._pinned = files, threads, pinned
+        self._refreshing = threading.Lock()
+        manifest = self._read_manifest()
+        opened = Generation(manifest, files)
+        self._snapshot = Snapshot(self.uri, opened, threads=threads)
+
+    @classmethod
+    def open(
+        cls,
+        uri: str,
+        storage: Storage | None = None,
+        *,
+        generation: str | None = None,
+        cache_dir: str | Path | None = None,
+        threads: int = 1,
+    ) -> "SearchIndex":
+        """Open an index; every file is verified before anything parses it.
+
+        Args:
+            uri: The index: a path, ``s3://…``, or any other URI that storage knows.
+            storage: How to reach it; credentials from the environment otherwise.
+            generation: A generation to stay with, instead of the newest.
+            cache_dir: Where files of a remote index are kept; the user's cache folder otherwise.
+            threads: Threads of one search. Many searches at once want 1.
+
+        Raises:
+            ObjectMissingError: There is no index at ``uri``, or no such generation.
+            CorruptionError: A file is damaged or missing.
+        """
+        cache = Path(cache_dir) if cache_dir else default_cache_dir()
+        files = FileStore(normalise_uri(uri), storage or Storage(), cache)
+        return cls(files, threads=threads, pinned=generation)
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The generation that is open now; hold it to ask it several things."""
+        return self._snapshot
+
+    @property
+    def info(self) -> IndexInfo:
+        """What describes the generation that is open now."""
+        return self._snapshot.info
+
+    def search(
+        self,
+        vectors: npt.ArrayLike,
+        k: int = 10,
+        where: pc.Expression | None = None,
+        *,
+        exact: bool = False,
+        params: SearchParams | None = None,
+    ) -> list[list[Neighbour]]:
+        """Return the nearest rows of each vector, best first; see ``Snapshot.search``."""
+        return self._snapshot.search(vectors, k, where, exact=exact, params=params)
+
+    def neighbours_of(
+        self, key: str, k: int = 10, where: pc.Expression | None = None
+    ) -> list[Neighbour]:
+        """Return the nearest rows of an image of the index, itself left out.
+
+        Raises:
+            UnknownKeyError: The index does not hold that key; the message names similar ones.
+        """
+        return self._snapshot.neighbours_of(key, k, where)
+
+    def vector(self, key: str) -> Floats:
+        """Return the stored unit vector of an image, float32 (dim,).
+
+        Raises:
+            UnknownKeyError: The index does not hold that key; the message names similar ones.
+        """
+        return self._snapshot.vector(key)
+
+    def check_space(self, space: Space) -> None:
+        """Refuse vectors of another space.
+
+        Raises:
+            SpaceMismatchError: The spaces differ; names the fields.
+        """
+        mine, other = self.info.space.to_dict(), space.to_dict()
+        differing = [name for name in mine if mine[name] != other[name]]
+        if differing:
+            details = "; ".join(
+                f"{name} is {mine[name]!r} there and {other[name]!r} here" for name in differing
+            )
+            raise SpaceMismatchError(f"{self.uri!r} holds vectors of another space: {details}")
+
+    def refresh(self) -> bool:
+        """Open the newest generation if it is not open yet; tell whether there was one.
+
+        Searches go on meanwhile. If it fails, the old generation stays.
+
+        Raises:
+            CorruptionError: A file of the newer generation is damaged or missing.
+            StorageError: The index cannot be reached.
+        """
+        with self._refreshing:
+            manifest = self._read_manifest()
+            if manifest.generation == self.info.generation:
+                return False
+            opened = Generation(manifest, self._files, known=self._snapshot.opened.segments)
+            self._snapshot = Snapshot(self.uri, opened, threads=self._threads)
+            return True
+
+    def _read_manifest(self) -> Manifest:
+        storage = self._files.storage
+        if self._pinned is not None:
+            uri = join_uri(self.uri, manifest_path(self._pinned))
+            return parse_manifest(storage.read(uri), uri)
+        found = read_pointer(self.uri, storage)
+        if found is None:
+            raise ObjectMissingError(
+                f"no index at {self.uri!r}: CURRENT is missing; check the URI, or run index first"
+            )
+        return _read_stable(self.uri, found[0], storage)
+
+    def __len__(self) -> int:
+        return self.info.rows
+
+
+def _read_stable(uri: str, pointer: Pointer, storage: Storage) -> Manifest:
+    """Read the manifest, once more where a newer one was published and the old one collected."""
+    try:
+        return read_manifest(uri, pointer, storage)
+    except CorruptionError:
+        again = read_pointer(uri, storage)
+        if again is None or again[0] == pointer:
+            raise
+        return read_manifest(uri, again[0], storage)

@@ -1,0 +1,1 @@
+"""From crops to vectors: the engines that run a backbone, and the embedder around them."""

@@ -1,0 +1,293 @@
+"""Encoded images to embeddings on one device; knows nothing of Ray.
+
+Threads turn records into 8-bit crops; the caller's thread gathers them into batches, hands these
+to the engine, and collects the outcome of a batch while the next is on its way. Two callers may
+share an embedder: one's crops are made while the other's are in the forward pass.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.backbones import create_backbone, load_weights, weights_digest
+from pipeline.errors import CorruptionError
+from pipeline.images.crops import Crop, CropMaker, HostCropMaker, data_config_of
+from pipeline.images.decode import ImageLimits
+from pipeline.images.gpu import GpuCropMaker
+from pipeline.inference.deviation import Deviation, check_deviation, measure_deviation
+from pipeline.inference.engines import (
+    Engine,
+    EngineName,
+    EngineOptions,
+    Forwarded,
+    Pixels,
+    build_engine,
+)
+from pipeline.records import Classes, Embedding, Record, Space
+from pipeline.storage import Storage
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedderOptions:
+    """How to embed; nothing here changes an embedding beyond float noise.
+
+    Attributes:
+        device: Torch device, e.g. ``"cuda"``.
+        engine: What computes the forward pass.
+        batch_size: Images in one forward pass.
+        decode_threads: Threads that decode; 0 decodes in the caller's thread without time limit.
+        torch_threads: Threads of a forward pass on the CPU; None leaves torch's setting alone.
+        limits: Images beyond these are refused.
+        image_timeout_s: Longest time one image may take to decode.
+        top_k_classes: Classes to return for each image; 0 for none.
+        embedding_dtype: Type the vectors will be stored in; one that does not fit into it is
+            ``non_finite``.
+    """
+
+    device: str = "cpu"
+    engine: EngineName = "torch"
+    batch_size: int = 16
+    decode_threads: int = 1
+    torch_threads: int | None = None
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    image_timeout_s: float = 30.0
+    top_k_classes: int = 0
+    embedding_dtype: str = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedBatch:
+    """The outcome of ``Embedder.embed``.
+
+    Attributes:
+        embeddings: One per record, in order.
+        seconds: Time by stage: ``decode`` and ``transform`` are CPU time, summed over threads;
+            ``transfer`` (on a GPU only) and ``forward`` are how long the device was busy;
+            ``wait`` is how long the caller had nothing to hand to it.
+    """
+
+    embeddings: list[Embedding]
+    seconds: dict[str, float]
+
+
+def make_crop_maker(space: Space, options: EmbedderOptions) -> CropMaker:
+    """Return what decodes for a space; without a GPU, Pillow stands in for a GPU's decoder."""
+    host = HostCropMaker(
+        space,
+        limits=options.limits,
+        threads=options.decode_threads,
+        timeout_s=options.image_timeout_s,
+    )
+    if space.decode != "gpu" or options.device == "cpu":
+        return host
+    return GpuCropMaker(space, device=options.device, limits=options.limits, host=host)
+
+
+class Embedder:
+    """Embeds encoded images into one space.
+
+    Args:
+        space: The space; its weights digest is checked.
+        weights: Path or URI of the checkpoint.
+        options: Device, engine, batch size, limits.
+        storage: How to reach ``weights``.
+
+    Attributes:
+        batch_size: Images in one forward pass; halved when memory ran out.
+        num_oom_halvings: How often it was.
+        deviation: How far the engine is from plain float32 PyTorch, measured when it was built.
+
+    Raises:
+        CorruptionError: The weights are not those of the space.
+        SettingsError: The device or the engine cannot compute in the space's precision, or is
+            further from plain float32 PyTorch than the precision explains.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        *,
+        weights: str,
+        options: EmbedderOptions | None = None,
+        storage: Storage | None = None,
+    ) -> None:
+        self.space = space
+        self.options = options or EmbedderOptions()
+        self._engine, self.deviation = self._build_engine(weights, storage)
+        self.batch_size = self._engine.batch_size
+        self.num_oom_halvings = 0
+        self._crops = make_crop_maker(space, self.options)
+        self._lock = threading.Lock()
+        self._spare: list[Pixels] = []
+
+    def embed_images(self, images: Sequence[bytes]) -> list[Embedding]:
+        """Embed encoded images, e.g. of a query."""
+        records = [Record(str(i), i, "", data, None) for i, data in enumerate(images)]
+        return self.embed(records).embeddings
+
+    def embed(self, records: Sequence[Record]) -> EmbeddedBatch:
+        """Embed records; every one gets a status, whatever its bytes."""
+        return self.embed_crops(self._crops.make(records))
+
+    def embed_crops(self, crops: Iterable[Crop | Embedding]) -> EmbeddedBatch:
+        """Embed crops that were made before; what failed already is passed on in its place."""
+        outcomes: list[Embedding | None] = []
+        seconds = {"decode": 0.0, "transform": 0.0, "forward": 0.0, "wait": 0.0}
+        started: deque[_Batch] = deque()
+        batch = _Batch(self._take_buffer())
+        for crop in _time_waits(crops, seconds):
+            outcomes.append(None if isinstance(crop, Crop) else crop)
+            if not isinstance(crop, Crop):
+                continue
+            seconds["decode"] += crop.decode_s
+            seconds["transform"] += crop.transform_s
+            batch.add(len(outcomes) - 1, crop)
+            if len(batch.members) >= self.batch_size:
+                started.append(self._start(batch))
+                batch = _Batch(self._take_buffer())
+                while len(started) > self._engine.depth:
+                    self._collect(started.popleft(), outcomes, seconds)
+        started.append(self._start(batch))
+        for unfinished in started:
+            self._collect(unfinished, outcomes, seconds)
+        return EmbeddedBatch([o for o in outcomes if o is not None], seconds)
+
+    def close(self) -> None:
+        """Let the decode threads end."""
+        self._crops.close()
+
+    def _build_engine(self, weights: str, storage: Storage | None) -> tuple[Engine, Deviation]:
+        space, options = self.space, self.options
+        loaded = load_weights(space.backbone, weights, storage=storage)
+        digest = weights_digest(loaded.state_dict)
+        if digest != space.weights_sha256:
+            raise CorruptionError(
+                f"{weights} holds other weights (digest {digest[:16]}) than the space was made "
+                f"with ({space.weights_sha256[:16]}); give the original checkpoint"
+            )
+        num_classes = None if options.top_k_classes else 0
+        backbone = create_backbone(space.backbone, weights=loaded, num_classes=num_classes)
+        engine_options = EngineOptions(
+            name=options.engine,
+            device=options.device,
+            precision=space.precision,
+            batch_size=options.batch_size,
+            threads=options.torch_threads,
+            logits=options.top_k_classes > 0,
+        )
+        engine = build_engine(backbone, data_config_of(space), engine_options)
+        deviation = measure_deviation(engine, backbone, data_config_of(space))
+        check_deviation(deviation, engine_options, space.backbone)
+        return engine, deviation
+
+    def _take_buffer(self) -> Pixels:
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return self._engine.allocate()
+
+    def _start(self, batch: "_Batch") -> "_Batch":
+        """Hand a batch to the engine; when memory runs out, go on with smaller ones for good."""
+        if not batch.members:
+            return batch
+        try:
+            with self._lock:
+                batch.wait = self._engine.submit(batch.pixels)
+        except torch.OutOfMemoryError:
+            self._shrink(len(batch.members))
+            forwarded = self._forward_pieces(batch.pixels)
+            batch.wait = lambda: forwarded
+        return batch
+
+    def _forward_pieces(self, pixels: Pixels) -> Forwarded:
+        parts: list[Forwarded] = []
+        start = 0
+        while start < len(pixels):
+            piece = pixels[start : start + self.batch_size]
+            try:
+                with self._lock:
+                    parts.append(self._engine.submit(piece)())
+                start += len(piece)
+            except torch.OutOfMemoryError:
+                self._shrink(len(piece))
+        return Forwarded.join(parts)
+
+    def _shrink(self, too_many: int) -> None:
+        if too_many == 1:
+            raise torch.OutOfMemoryError("one image does not fit the device's memory")
+        with self._lock:
+            self.batch_size = min(self.batch_size, (too_many + 1) // 2)
+            self.num_oom_halvings += 1
+            self._engine.shrink(self.batch_size)
+
+    def _collect(
+        self, batch: "_Batch", outcomes: list[Embedding | None], seconds: dict[str, float]
+    ) -> None:
+        if batch.wait is not None:
+            forwarded = batch.wait()
+            seconds["forward"] += forwarded.seconds
+            if forwarded.transfer_s:
+                seconds["transfer"] = seconds.get("transfer", 0.0) + forwarded.transfer_s
+            described = self._describe(batch, forwarded)
+            for (index, _), outcome in zip(batch.members, described, strict=True):
+                outcomes[index] = outcome
+        self._spare.append(batch.buffer)
+
+    def _describe(self, batch: "_Batch", forwarded: Forwarded) -> Iterator[Embedding]:
+        classes = self._pick_classes(forwarded.logits)
+        with np.errstate(over="ignore"):
+            stored = forwarded.vectors.astype(self.options.embedding_dtype, copy=False)
+        finite = np.isfinite(stored).all(axis=1)
+        for i, (_, outcome) in enumerate(batch.members):
+            if finite[i]:
+                own = None if classes is None else (classes[0][i], classes[1][i])
+                yield replace(outcome, vector=forwarded.vectors[i], classes=own)
+            else:
+                reason = f"NaN or infinity in the {self.space.precision} forward pass"
+                yield replace(outcome, status="non_finite", error=reason)
+
+    def _pick_classes(self, logits: NDArray[np.float32] | None) -> Classes | None:
+        if logits is None:
+            return None
+        probabilities = torch.from_numpy(logits).softmax(dim=1)
+        top = probabilities.topk(self.options.top_k_classes, dim=1)
+        return top.indices.to(torch.int16).numpy(), top.values.numpy()
+
+
+class _Batch:
+    """Crops on their way through the engine; of each its place, and its outcome but the vector."""
+
+    def __init__(self, buffer: Pixels) -> None:
+        self.buffer = buffer
+        self.members: list[tuple[int, Embedding]] = []
+        self.wait: Callable[[], Forwarded] | None = None
+
+    @property
+    def pixels(self) -> Pixels:
+        return self.buffer[: len(self.members)]
+
+    def add(self, index: int, crop: Crop) -> None:
+        self.buffer[len(self.members)] = crop.pixels
+        outcome = Embedding("ok", None, crop.width, crop.height, crop.digest)
+        self.members.append((index, outcome))
+
+
+def _time_waits(items: Iterable[Item], seconds: dict[str, float]) -> Iterator[Item]:
+    """Pass items on, adding the time spent waiting for each to ``seconds["wait"]``."""
+    source = iter(items)
+    while True:
+        start_s = time.perf_counter()
+        item = next(source, None)
+        seconds["wait"] += time.perf_counter() - start_s
+        if item is None:
+            return
+        yield item

@@ -1,0 +1,1 @@
+"""From input URIs to chunks: listing, containers, the reader."""

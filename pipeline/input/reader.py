@@ -1,0 +1,240 @@
+"""One shard to chunks: tar archives, Parquet files, bundles of loose images.
+
+Everything streams: one chunk, one image and the shard's names are in memory, whatever its size.
+What is wrong with one image becomes its record's status; a container that cannot be read further
+keeps what was read before and closes with one record of status ``bad_shard``.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from itertools import islice
+
+import pyarrow as pa
+
+from pipeline.errors import (
+    ObjectChangedError,
+    ObjectMissingError,
+    RecordError,
+    describe_excess_bytes,
+)
+from pipeline.input.container import BrokenContainerError, FoundImage, ReadOptions
+from pipeline.input.parquet import find_carried_fields, read_parquet, read_parquet_row
+from pipeline.input.tar import read_tar
+from pipeline.records import Chunk, Member, Record, Shard, ShardKind
+from pipeline.storage import Storage
+
+_FETCH_THREADS = 16
+
+
+def read_chunks(shard: Shard, *, storage: Storage, options: ReadOptions) -> Iterator[Chunk]:
+    """Read a shard as chunks, in order; the final one has ``last`` set.
+
+    The same shard gives the same chunks every time: keys, rows and cuts depend on its content and
+    ``options`` alone. Rows count from 0 without gaps. A shard without images is one empty chunk.
+    Notes count ``ignored_members``, ``oversized_sidecars``, ``missing_columns`` and
+    ``duplicate_keys``.
+
+    Raises:
+        SettingsError: ``options`` name Parquet columns that are not there or not of a fitting
+            type.
+        StorageError: Storage failed for good; nothing is said about the shard then.
+    """
+    notes: Counter[str] = Counter()
+    records = _number_records(shard, storage, options, notes)
+    return _cut_chunks(shard.id, records, options, notes)
+
+
+def carried_schema(shard: Shard, *, storage: Storage, carry: Sequence[str]) -> pa.Schema:
+    """Return the Arrow types that carried columns of a shard have in the output.
+
+    Text for tar archives and loose images; of a Parquet file only the footer is read.
+
+    Raises:
+        StorageError: Storage failed, or the shard is gone.
+    """
+    fields = [pa.field(name, pa.string()) for name in carry]
+    if shard.kind == "parquet" and carry:
+        with storage.open_random(shard.source) as file, suppress(BrokenContainerError):
+            fields = find_carried_fields(file, carry)
+    return pa.schema(fields)
+
+
+def read_record_bytes(
+    uri: str,
+    *,
+    row: int,
+    offset: int | None,
+    nbytes: int,
+    storage: Storage,
+    image_column: str | None = None,
+) -> bytes:
+    """Fetch one encoded image that was embedded before, from where its row says it lies.
+
+    One ranged read where the row has an offset. Without, a Parquet file is read as far as the
+    row's group, and a compressed archive from its start up to the image.
+
+    Args:
+        uri: The row's ``shard``.
+        row: The row's ``row``.
+        offset: The row's ``offset``.
+        nbytes: The row's ``nbytes``.
+        storage: How to reach it.
+        image_column: Parquet column with the images; found by its type where None.
+
+    Raises:
+        RecordError: There is no image there any more.
+        StorageError: Storage failed, or the object is gone.
+    """
+    if offset is not None:
+        return storage.read_range(uri, offset, nbytes)
+    options = ReadOptions(image_column=image_column)
+    try:
+        with storage.open_random(uri) as file:
+            is_parquet = file.read(4) == b"PAR1"
+            if is_parquet:
+                return read_parquet_row(file, row, uri=uri, options=options)
+        with storage.open_stream(uri) as stream:
+            images = read_tar(stream, options=options, notes=Counter())
+            found = next(islice(images, row, None), None)
+    except BrokenContainerError as error:
+        raise RecordError("unreadable", f"row {row:,} of {uri}: {error}") from error
+    if found is None or found.status != "ok":
+        raise RecordError("unreadable", f"{uri} has no image in row {row:,} any more")
+    return found.data
+
+
+def _cut_chunks(
+    shard_id: str, records: Iterator[Record], options: ReadOptions, notes: Counter[str]
+) -> Iterator[Chunk]:
+    chunk: list[Record] = []
+    index = size_bytes = 0
+    for record in records:
+        full = size_bytes + len(record.data) > options.chunk_bytes
+        if chunk and (full or len(chunk) == options.chunk_images):
+            yield Chunk(shard_id, index, chunk, last=False)
+            chunk, size_bytes, index = [], 0, index + 1
+        chunk.append(record)
+        size_bytes += len(record.data)
+    yield Chunk(shard_id, index, chunk, last=True, notes=dict(notes))
+
+
+def _number_records(
+    shard: Shard, storage: Storage, options: ReadOptions, notes: Counter[str]
+) -> Iterator[Record]:
+    row = 0
+    names = _UniqueNames(notes)
+    try:
+        for found in _FINDERS[shard.kind](shard, storage, options, notes):
+            name = names.add(found.name)
+            uri = shard.members[row].uri if shard.kind == "bundle" else shard.source
+            yield Record(
+                key=f"{shard.name}/{name}" if shard.name else name,
+                row=row,
+                shard=uri,
+                data=found.data,
+                offset=found.offset,
+                carried=dict.fromkeys(options.carry) | dict(found.carried),
+                status=found.status,
+                error=found.error,
+            )
+            row += 1
+    except BrokenContainerError as error:
+        carried = dict.fromkeys(options.carry)
+        reason = f"{error}; {row:,} rows come before it"
+        yield Record(shard.name, row, shard.source, b"", None, carried, "bad_shard", reason)
+
+
+class _UniqueNames:
+    """Gives a name that is used again the suffix ``#2``, ``#3`` and so on."""
+
+    def __init__(self, notes: Counter[str]) -> None:
+        self._notes = notes
+        self._seen: set[str] = set()
+        self._uses: dict[str, int] = {}
+
+    def add(self, name: str) -> str:
+        unique = name
+        while unique in self._seen:
+            self._uses[name] = self._uses.get(name, 1) + 1
+            unique = f"{name}#{self._uses[name]}"
+        if unique is not name:
+            self._notes["duplicate_keys"] += 1
+        self._seen.add(unique)
+        return unique
+
+
+def _find_in_tar(
+    shard: Shard, storage: Storage, options: ReadOptions, notes: Counter[str]
+) -> Iterator[FoundImage]:
+    with (
+        _explaining_loss(),
+        storage.open_stream(shard.source, version=shard.version or None) as stream,
+    ):
+        yield from read_tar(stream, options=options, notes=notes)
+
+
+def _find_in_parquet(
+    shard: Shard, storage: Storage, options: ReadOptions, notes: Counter[str]
+) -> Iterator[FoundImage]:
+    with (
+        _explaining_loss(),
+        storage.open_random(shard.source, version=shard.version or None) as file,
+    ):
+        yield from read_parquet(file, uri=shard.source, options=options, notes=notes)
+
+
+@contextmanager
+def _explaining_loss() -> Iterator[None]:
+    """A shard that is deleted or replaced during a run is that shard's fault, not the run's."""
+    try:
+        yield
+    except (ObjectMissingError, ObjectChangedError) as error:
+        raise BrokenContainerError(f"it went away while it was read: {error}") from error
+
+
+def _find_in_bundle(
+    shard: Shard, storage: Storage, options: ReadOptions, _notes: Counter[str]
+) -> Iterator[FoundImage]:
+    """Fetch the members of a bundle, several at a time and at most a chunk's bytes ahead."""
+    pool = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="fetch")
+    pending: deque[tuple[Future[FoundImage], int]] = deque()
+    ahead_bytes = 0
+    try:
+        for member in shard.members:
+            while pending and (
+                len(pending) == 2 * _FETCH_THREADS
+                or ahead_bytes + member.size_bytes > options.chunk_bytes
+            ):
+                future, size_bytes = pending.popleft()
+                ahead_bytes -= size_bytes
+                yield future.result()
+            pending.append((pool.submit(_fetch, member, storage, options), member.size_bytes))
+            ahead_bytes += member.size_bytes
+        while pending:
+            yield pending.popleft()[0].result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _fetch(member: Member, storage: Storage, options: ReadOptions) -> FoundImage:
+    if member.size_bytes > options.max_image_bytes:
+        reason = describe_excess_bytes(member.size_bytes, options.max_image_bytes)
+        return FoundImage(member.key, b"", 0, status="too_large", error=reason)
+    version = member.version or None
+    try:
+        data = storage.read_range(member.uri, 0, member.size_bytes, version=version)
+    except (ObjectMissingError, ObjectChangedError) as error:
+        reason = f"it went away while it was read: {error}"
+        return FoundImage(member.key, b"", 0, status="unreadable", error=reason)
+    return FoundImage(member.key, data, 0)
+
+
+_Finder = Callable[[Shard, Storage, ReadOptions, Counter[str]], Iterator[FoundImage]]
+
+_FINDERS: dict[ShardKind, _Finder] = {
+    "tar": _find_in_tar,
+    "parquet": _find_in_parquet,
+    "bundle": _find_in_bundle,
+}

@@ -1,0 +1,1 @@
+"""The embeddings output: space and layout, parts, commits, verification."""

@@ -1,1 +1,0 @@
-"""The kinds of store behind ``pipeline.storage``: one try per call, raw errors."""

@@ -1,0 +1,374 @@
+"""Parts and commits: what is written comes back, and no damage goes unnoticed."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.errors import CorruptionError, ObjectMissingError, SettingsError, SpaceMismatchError
+from pipeline.output.commits import (
+    commit_path,
+    list_commits,
+    list_present_commits,
+    list_retired,
+    prune_output,
+    read_embeddings,
+    renew_commit,
+    restore_commit,
+    retire_commit,
+    split_commits,
+    write_commit,
+)
+from pipeline.output.info import OutputInfo, claim_output, read_output_info, read_space
+from pipeline.output.parts import build_part, digest_rows, encode_part, write_part
+from pipeline.output.verify import verify_output
+from pipeline.records import Commit, Embedding, Layout, PartInfo, Record, Space
+from pipeline.storage import Storage
+
+STORAGE = Storage()
+SPACE = Space(
+    "fbnetv3_b.ra2_in1k",
+    "ab" * 32,
+    64,
+    0.95,
+    "bilinear",
+    (0.5, 0.5, 0.5),
+    (0.2, 0.2, 0.2),
+    "apply",
+    "exact",
+    "fp32",
+    dim=8,
+)
+LAYOUT = Layout(chunk_images=3, chunk_bytes=1000, carry=("txt",))
+INFO = OutputInfo(
+    SPACE,
+    LAYOUT,
+    pa.schema([pa.field("txt", pa.string())]),
+    weights="weights/abababababababab.safetensors",
+    weights_source="random:0 of fbnetv3_b.ra2_in1k",
+)
+
+
+def make_rows(count: int, *, first: int = 0) -> tuple[list[Record], list[Embedding]]:
+    """Return records and embeddings, every third one failed."""
+    records, embeddings = [], []
+    for row in range(first, first + count):
+        data = f"image {row}".encode()
+        records.append(Record(f"a.tar/{row}.jpg", row, "a.tar", data, 512 * row, {"txt": "ü"}))
+        if row % 3 == 2:
+            embeddings.append(Embedding("truncated", "cut short", digest=bytes(16)))
+        else:
+            vector = np.random.default_rng(row).random(8, np.float32)
+            digest = bytes([row]) * 16
+            embeddings.append(Embedding("ok", None, 40, 30, digest, vector))
+    return records, embeddings
+
+
+def write_shard(output: str, shard_id: str = "aa", *, info: OutputInfo = INFO, **changes) -> Commit:
+    """Write an output of one shard with two parts, and return its commit."""
+    claim_output(output, info, STORAGE)
+    parts = []
+    for chunk in range(2):
+        records, embeddings = make_rows(3, first=3 * chunk)
+        records = [replace(r, key=f"{shard_id}/{r.row}") for r in records]
+        table = build_part(records, embeddings, info.schema)
+        parts.append(
+            write_part(
+                output,
+                table,
+                folder=shard_id,
+                chunk=chunk,
+                space_id=info.space.id,
+                storage=STORAGE,
+            )
+        )
+    commit = Commit(shard_id, "tar", "a.tar", "/in", "a.tar", "v1", 9, info.space.id, tuple(parts))
+    commit = replace(commit, **changes)
+    write_commit(output, commit, STORAGE)
+    return commit
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> str:
+    uri = str(tmp_path / "out")
+    write_shard(uri)
+    return uri
+
+
+def test_rows_come_back_as_they_were_written(output: str):
+    table = read_embeddings(output).to_table()
+    records, embeddings = make_rows(6)
+    assert table.schema.equals(INFO.schema)
+    assert table.column("row").to_pylist() == list(range(6))
+    assert table.column("status").to_pylist() == [e.status for e in embeddings]
+    assert table.column("nbytes").to_pylist() == [len(r.data) for r in records]
+    assert table.column("txt").to_pylist() == ["ü"] * 6
+    for found, embedding in zip(table.column("embedding").to_pylist(), embeddings, strict=True):
+        wanted = None if embedding.vector is None else embedding.vector.tolist()
+        assert found == wanted
+
+
+def test_rows_without_a_commit_are_not_seen(output: str):
+    Path(output, commit_path("aa")).unlink()
+    assert read_embeddings(output).count_rows() == 0
+    assert list_commits(output, STORAGE) == {}
+
+
+def test_a_commit_survives_its_file_and_unknown_fields(output: str):
+    commit = write_shard(output, "bb", supersedes=("cc",), notes={"ignored_members": 2})
+    path = Path(output, commit_path("bb"))
+    path.write_bytes(path.read_bytes()[:-1] + b', "colour": "red"}')
+    assert list_commits(output, STORAGE)["bb"] == commit
+    assert commit.statuses == {"ok": 4, "truncated": 2}
+
+
+def test_the_output_record_survives_its_file(output: str):
+    assert read_output_info(output, STORAGE) == INFO
+    assert read_space(output, STORAGE) == SPACE
+    assert read_output_info(output, STORAGE).schema.equals(INFO.schema)
+
+
+def test_retrying_a_chunk_changes_no_digest_but_other_rows_do():
+    records, embeddings = make_rows(6)
+    table = build_part(records, embeddings, INFO.schema)
+    noisy = [replace(e, vector=None if e.vector is None else e.vector + 1e-7) for e in embeddings]
+    assert digest_rows(build_part(records, noisy, INFO.schema)) == digest_rows(table)
+    for index, change in enumerate(({"key": "other"}, {"row": 17})):
+        changed = [*records[:index], replace(records[index], **change), *records[index + 1 :]]
+        assert digest_rows(build_part(changed, embeddings, INFO.schema)) != digest_rows(table)
+    failed = [Embedding("truncated", "cut"), *embeddings[1:]]
+    assert digest_rows(build_part(records, failed, INFO.schema)) != digest_rows(table)
+
+
+def test_half_precision_and_classes_are_columns_of_their_types():
+    info = replace(INFO, layout=replace(LAYOUT, embedding_dtype="float16", top_k_classes=2))
+    records, embeddings = make_rows(2)
+    classes = (np.array([7, 3], np.int16), np.array([0.9, 0.1], np.float32))
+    embeddings = [replace(embeddings[0], classes=classes), Embedding("unreadable", "x")]
+    table = build_part(records, embeddings, info.schema)
+    assert table.schema.field("embedding").type == pa.list_(pa.float16(), 8)
+    assert table.column("class_index").to_pylist() == [[7, 3], None]
+    assert table.column("embedding")[1].as_py() is None
+
+
+def test_a_carried_value_that_does_not_fit_says_which_column_and_where():
+    records, embeddings = make_rows(1)
+    info = replace(INFO, carried=pa.schema([pa.field("txt", pa.int16())]))
+    with pytest.raises(
+        SettingsError, match=r"column 'txt' of a\.tar does not fit .* int16: .*leave"
+    ):
+        build_part(records, embeddings, info.schema)
+
+
+def test_settings_of_another_output_are_refused_with_every_field_that_differs(output: str):
+    other = replace(INFO, space=replace(SPACE, image_size=96, exif="ignore"))
+    with pytest.raises(SpaceMismatchError) as caught:
+        claim_output(output, other, STORAGE)
+    assert "image_size is 64 there and 96 here" in str(caught.value)
+    assert "exif is 'apply' there and 'ignore' here" in str(caught.value)
+    assert claim_output(output, INFO, STORAGE) == INFO
+
+
+def test_a_damaged_output_record_is_named(output: str):
+    Path(output, "space.json").write_text("{}")
+    with pytest.raises(CorruptionError, match=r"space\.json is not a space record"):
+        read_output_info(output, STORAGE)
+
+
+def test_a_damaged_commit_is_named_and_says_how_to_go_on(output: str):
+    Path(output, commit_path("aa")).write_text('{"shard_id": "aa"')
+    with pytest.raises(
+        CorruptionError, match=r"aa\.json is not a commit .*delete it, and the next"
+    ):
+        list_commits(output, STORAGE)
+
+
+def test_reading_where_no_output_is_says_so(tmp_path: Path):
+    for read in (read_embeddings, lambda uri: read_space(uri, STORAGE)):
+        with pytest.raises(ObjectMissingError, match=r"no embeddings at .* run embed first"):
+            read(str(tmp_path / "nope"))
+    with pytest.raises(ObjectMissingError, match=r"no embeddings at .* space\.json is missing"):
+        verify_output(str(tmp_path / "nope"), STORAGE)
+
+
+# Verification
+
+
+def part_of(output: str, index: int = 0) -> Path:
+    return sorted(Path(output, "parts").rglob("*.parquet"))[index]
+
+
+def find_problem(output: str) -> str:
+    problems = verify_output(output, STORAGE).problems
+    assert len(problems) == 1, problems
+    return problems[0]
+
+
+def test_a_sound_output_has_no_problems(output: str):
+    report = verify_output(output, STORAGE)
+    assert report.problems == ()
+    assert (report.commits, report.parts, report.rows) == (1, 2, 6)
+    assert report.to_dict()["statuses"] == {"ok": 4, "truncated": 2}
+
+
+def test_a_missing_part_is_found(output: str):
+    part_of(output).unlink()
+    assert find_problem(output) == f"{part_of(output).parent}/00000.parquet is missing"
+
+
+def test_a_truncated_part_is_found(output: str):
+    path = part_of(output)
+    path.write_bytes(path.read_bytes()[:-20])
+    assert find_problem(output).startswith(f"{path} ")
+
+
+def test_an_empty_part_is_found(output: str):
+    part_of(output).write_bytes(b"")
+    assert str(part_of(output)) in find_problem(output)
+
+
+def test_a_flipped_byte_is_found_or_changes_nothing_that_is_read(output: str):
+    path = part_of(output)
+    data = path.read_bytes()
+    sound = pq.read_table(path)
+    dice = random.Random(0)
+    found = 0
+    for position in dice.sample(range(len(data)), 150):
+        broken = bytearray(data)
+        broken[position] ^= 1 << dice.randrange(8)
+        path.write_bytes(bytes(broken))
+        if verify_output(output, STORAGE).problems:
+            found += 1
+        else:
+            assert pq.read_table(path).equals(sound), position
+    assert found > 50
+
+
+def test_a_flipped_bit_in_a_vector_is_found(output: str):
+    path = part_of(output)
+    meta = pq.ParquetFile(path).metadata.row_group(0)
+    column = next(
+        meta.column(i)
+        for i in range(meta.num_columns)
+        if meta.column(i).path_in_schema.startswith("embedding")
+    )
+    data = bytearray(path.read_bytes())
+    data[column.data_page_offset + column.total_compressed_size - 5] ^= 1
+    path.write_bytes(bytes(data))
+    assert str(path) in find_problem(output)
+
+
+def rewrite(output: str, change) -> None:
+    """Write the first part anew, with another table or metadata."""
+    path = part_of(output)
+    table = pq.read_table(path)
+    metadata = {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
+    table, metadata = change(table.replace_schema_metadata(None), metadata)
+    path.write_bytes(encode_part(table, metadata=metadata))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t, m: (t, m | {"space_id": "dead"}), "is of space 'dead', not"),
+        (lambda t, m: (t.slice(0, 2), m), "has 2 rows, its commit says 3"),
+        (lambda t, m: (t.take([1, 0, 2]), m), "does not hold the rows that its commit recorded"),
+        (lambda t, m: (t.drop_columns("txt"), m), "has another schema than space.json describes"),
+        (
+            lambda t, m: (
+                t.set_column(10, t.schema.field(10), pa.nulls(3, t.schema.field(10).type)),
+                m,
+            ),
+            "has embeddings that do not go with their status",
+        ),
+    ],
+)
+def test_a_part_of_other_rows_schema_or_space_is_found(output: str, change, words: str):
+    rewrite(output, change)
+    problems = verify_output(output, STORAGE).problems
+    assert any(words in problem for problem in problems), problems
+    assert all(problem.startswith(str(part_of(output))) for problem in problems)
+
+
+def test_a_part_of_another_chunk_in_its_place_is_found(output: str):
+    part_of(output, 0).write_bytes(part_of(output, 1).read_bytes())
+    problems = verify_output(output, STORAGE).problems
+    assert any("does not hold the rows that its commit" in problem for problem in problems)
+
+
+def test_a_commit_of_another_space_is_found(output: str):
+    commit = list_commits(output, STORAGE)["aa"]
+    write_commit(output, replace(commit, space_id="dead"), STORAGE)
+    problems = verify_output(output, STORAGE).problems
+    assert any("was committed for space 'dead'" in problem for problem in problems)
+
+
+def test_a_key_that_two_shards_have_is_found(output: str):
+    commit = list_commits(output, STORAGE)["aa"]
+    write_commit(output, replace(commit, shard_id="bb"), STORAGE)
+    problems = verify_output(output, STORAGE).problems
+    assert len(problems) == 6
+    assert "key 'aa/0' occurs more than once" in problems
+
+
+# What is live
+
+
+def test_a_superseded_commit_is_dead_from_the_moment_the_new_one_is_written(output: str):
+    write_shard(output, "bb", supersedes=("aa",), sequence=2)
+    assert set(list_commits(output, STORAGE)) == {"bb"}
+    live, superseded = list_present_commits(output, STORAGE)
+    assert (set(live), set(superseded)) == ({"bb"}, {"aa"})
+    assert read_embeddings(output).count_rows() == 6
+
+
+def test_of_two_commits_that_supersede_each_other_the_later_one_is_live():
+    old = Commit("aa", "tar", "", "", "", "", 0, "", (), supersedes=("bb",), sequence=3)
+    new = Commit("bb", "tar", "", "", "", "", 0, "", (), supersedes=("aa",), sequence=2)
+    live, _ = split_commits({"aa": old, "bb": new})
+    assert set(live) == {"aa"}
+
+
+def test_a_retired_shard_is_not_read_but_can_come_back(output: str):
+    commit = list_commits(output, STORAGE)["aa"]
+    retire_commit(output, "aa", STORAGE)
+    retire_commit(output, "aa", STORAGE)  # once more, as after a kill
+    assert read_embeddings(output).count_rows() == 0
+    assert list_retired(output, STORAGE) == {"aa": commit}
+    renewed = renew_commit(commit, sequence=5, run_id="r", supersedes=["zz"])
+    restore_commit(output, renewed, STORAGE)
+    assert list_commits(output, STORAGE) == {"aa": renewed}
+    assert list_retired(output, STORAGE) == {}
+    assert verify_output(output, STORAGE).problems == ()
+
+
+def test_pruning_deletes_what_no_live_commit_names_and_nothing_else(output: str):
+    write_shard(output, "bb")
+    write_shard(output, "cc")
+    retire_commit(output, "bb", STORAGE)
+    Path(output, commit_path("cc")).unlink()
+    assert prune_output(output, STORAGE) == 5
+    assert {p.parent.name for p in Path(output, "parts").rglob("*.parquet")} == {"aa"}
+    assert list_retired(output, STORAGE) == {}
+    assert verify_output(output, STORAGE).problems == ()
+    assert prune_output(output, STORAGE) == 0
+
+
+def test_an_empty_shard_has_a_commit_and_no_parts(output: str):
+    commit = write_shard(output, "bb", parts=())
+    assert list_commits(output, STORAGE)["bb"] == commit
+    assert (commit.rows, commit.statuses) == (0, {})
+    assert verify_output(output, STORAGE).problems == ()
+
+
+def test_a_part_says_what_it_is_in_its_own_metadata(output: str):
+    metadata = pq.read_schema(part_of(output, 1)).metadata
+    part: PartInfo = list_commits(output, STORAGE)["aa"].parts[1]
+    assert metadata[b"space_id"].decode() == SPACE.id
+    assert metadata[b"chunk"] == b"1"
+    assert metadata[b"rows_sha256"].decode() == part.rows_sha256
+    assert part.size_bytes == part_of(output, 1).stat().st_size
