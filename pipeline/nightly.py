@@ -33,20 +33,10 @@ from pipeline.output.commits import list_commits
 from pipeline.storage import Storage, join_uri, normalise_uri
 
 _QUERIES = 4
-
-
 _NEIGHBOURS = 7
-
-
 _MAP_POINTS = 800
-
-
 _MAP_PICTURES = 60
-
-
 _MAP_SIZE = (1000, 700)
-
-
 _THUMBNAIL_PX = 124
 
 

@@ -31,16 +31,9 @@ from pipeline.records import Commit
 from pipeline.storage import Storage, join_uri
 
 WARM_QUERIES = 200
-
-
 TIMED_QUERIES = 1000
-
-
 MAX_WARM_S, MAX_TIMED_S = 5.0, 20.0
-
-
 """Fewer queries are tried where each takes long."""
-
 
 CLUSTER_ROWS = 500
 

@@ -23,14 +23,8 @@ from pipeline.records import Commit, Layout, Space
 from pipeline.storage import Storage
 
 LATENT_DIM = 32
-
-
 BLOCK_ROWS = 16_384
-
-
 SHARD_ROWS = 1024
-
-
 """Rows of one shard, which are one part as well."""
 
 

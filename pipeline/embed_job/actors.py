@@ -30,11 +30,7 @@ from pipeline.records import Chunk, Embedding, PartInfo, Shard, count_statuses
 from pipeline.storage import Storage, join_uri
 
 _WRITE_THREADS = 8  # a load of many small shards has many parts
-
-
 _WRITE_ROUNDS = 3
-
-
 """How often a part is written, with all of storage's attempts each time: embedding costs more."""
 
 

@@ -40,18 +40,12 @@ from pipeline.errors import AbortError, ClusterError, SettingsError
 from pipeline.records import Record, Shard
 
 _KNOCK_S = 10.0
-
-
 _READ_CPUS = 0.05
-
-
 _WHOLE_LOADS: dict[str, Any] = {
     "batch_size": 1,  # a row is a load; with GPUs Ray insists on a number
     "batch_format": "pyarrow",
     "zero_copy_batch": True,
 }
-
-
 _EXCEPTION_LINE = re.compile(r"[\w.]*(Error|Exception|Exit|Interrupt)(: .*)?$")
 
 

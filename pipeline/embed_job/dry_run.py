@@ -17,8 +17,6 @@ from pipeline.records import Record, Shard
 from pipeline.storage import Storage
 
 _SAMPLE_SHARDS = 4
-
-
 _SAMPLE_IMAGES = 32
 
 

@@ -11,8 +11,6 @@ from typing import Literal
 from pipeline.embed_job.resources import Resources
 
 _IDLE_SHARE = 0.15
-
-
 """Actors that are idle for longer than this lack loads, whatever else they lack."""
 
 Binding = Literal["read", "decode", "forward"]

@@ -22,14 +22,8 @@ from pipeline.storage import Storage, join_uri
 _log = logging.getLogger(__name__)
 
 RENEW_S = 10.0
-
-
 EXPIRE_S = 60.0
-
-
 END_S = 30.0
-
-
 """Longest that the end of a run waits for a store that does not take its lease back."""
 
 

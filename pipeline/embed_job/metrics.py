@@ -13,8 +13,6 @@ from ray.util.metrics import Counter, Gauge, Histogram
 PREFIX = "image_embedding"
 
 _BATCH_BOUNDS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
-
-
 _SECONDS_BOUNDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
 
 

@@ -15,8 +15,6 @@ from pipeline.records import (
 )
 
 BUNDLE_IMAGES = 1024
-
-
 BUNDLE_BYTES = 256 * 2**20
 
 

@@ -22,13 +22,9 @@ from pipeline.records import Chunk, Record, digest_json
 _log = logging.getLogger(__name__)
 
 SUSPECT_DEATHS = 2
-
-
 """Deaths of a load's processes from which on its images are tried in a child first."""
 
 FATAL_DEATHS = 5
-
-
 """Deaths from which on nobody tries again: it was not a decoder then."""
 
 

@@ -22,11 +22,7 @@ from pipeline.errors import CorruptionError, TooManyFailuresError
 from pipeline.log import LOG
 
 _LOG_EVERY_S = 10.0
-
-
 _MIN_ROWS_FOR_SHARE = 1000
-
-
 _MAX_MARKS = 400
 
 

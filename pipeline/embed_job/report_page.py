@@ -18,19 +18,13 @@ from pipeline.records import Commit
 from pipeline.storage import Storage, join_uri
 
 MAX_FAILURES_SHOWN = 24
-
-
 _MAX_PICTURE_BYTES = 200_000
-
-
 _MAGIC = {
     b"\xff\xd8\xff": "image/jpeg",
     b"\x89PNG": "image/png",
     b"GIF8": "image/gif",
     b"RIFF": "image/webp",
 }
-
-
 _STAGES = ("list", "read", "decode", "transform", "transfer", "forward", "write", "wait", "idle")
 
 

@@ -20,14 +20,8 @@ from pipeline.records import Chunk, PartInfo, Record, Shard
 from pipeline.storage import Storage
 
 _TASK_BYTES = 256 * 2**20
-
-
 _LOAD_BYTES = 128 * 2**20
-
-
 _LOAD_CHUNKS = 16
-
-
 _LOADS_PER_ACTOR = 8
 
 LOAD_SCHEMA = pa.schema(

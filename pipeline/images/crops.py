@@ -15,8 +15,6 @@ from pipeline.images.transforms import DataConfig, resize_and_crop
 from pipeline.records import Embedding, Record, Space
 
 DRAFT_FACTOR = 2
-
-
 """With ``decode="fast"`` JPEGs are decoded at no less than this many times the resized size."""
 
 

@@ -43,8 +43,6 @@ FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI"),
     *("PSD", "SGI", "SUN", "DDS", "PCX", "TGA"),
 )
-
-
 """Pillow formats that are decoded, in the order they are tried; TGA is last, it has no signature.
 
 Left out on purpose: EPS and WMF (run or need other programs), ICO, ICNS and CUR (their decoders
@@ -75,8 +73,6 @@ _TRUNCATED = re.compile(
 _PILLOW_MODULES = re.compile(r"PIL\.")
 
 _ORIENTATION_TAG = 0x0112
-
-
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -88,11 +84,7 @@ _TURNS = {
 }
 
 Exif = Literal["apply", "ignore"]
-
-
 Box = tuple[float, float, float, float]
-
-
 _Accepts = Callable[[bytes], bool | str]
 
 

@@ -22,11 +22,7 @@ from pipeline.images.transforms import locate_crop
 from pipeline.records import Embedding, Record, Space
 
 _GROUP_IMAGES = 32
-
-
 _MODES = ("RGB", "L")
-
-
 _MAX_ASPECT_RATIO = 16
 
 # how to turn (3, H, W) upright, by EXIF orientation: transpose first, then flip these axes

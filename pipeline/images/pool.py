@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 from pipeline.errors import RecordError
 
 Item = TypeVar("Item")
-
-
 Result = TypeVar("Result")
 
 _START_POLL_S = 0.1

@@ -14,8 +14,6 @@ from PIL import Image
 Pixels = npt.NDArray[np.uint8]
 
 _WEIGHT_BITS = 22
-
-
 _SUPPORT = {Image.Resampling.BICUBIC: 2.0, Image.Resampling.BILINEAR: 1.0}
 
 

@@ -22,11 +22,7 @@ _FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
 }
-
-
 _MIN_IMAGE_SIZE = 32  # the coarsest feature map has one step per 32 pixels
-
-
 _MAX_ASPECT_RATIO = 16
 
 Pixels = npt.NDArray[np.uint8]

@@ -15,17 +15,10 @@ from pipeline.index.manifest import FileInfo, digest_bytes, put_file
 from pipeline.storage import Storage
 
 MAX_POINTS = 4000
-
-
 """More points than anybody can tell apart; enough to see what lies where."""
 
-
 _OUTLIER_SHARE = 0.005
-
-
 _SUBSPACE = 8
-
-
 _ITERATIONS = 20
 
 

@@ -8,8 +8,6 @@ from pipeline.index.pointer import Pointer, manifest_path, parse_manifest, read_
 from pipeline.storage import Storage, join_uri
 
 Version = tuple[Pointer, str] | None
-
-
 """What ``CURRENT`` said when a build began, and its version; None if there was nothing."""
 
 

@@ -13,8 +13,8 @@ from pipeline.index.manifest import FileInfo, SegmentInfo
 
 Flags = npt.NDArray[np.bool_]
 
-
 MIN_NORM = 1e-6
+"""Shorter vectors have no direction; their cosine to anything would be noise."""
 
 
 def normalise_rows(vectors: Floats) -> Floats:

@@ -9,19 +9,16 @@ from typing import Any, Protocol, TypeVar
 from pipeline.config import IndexConfig
 
 Task = TypeVar("Task")
-
-
 Result = TypeVar("Result")
 
 RETRIES = 3
-
-
 MAX_TASK_THREADS = 16
 
 LOCAL_ROWS = 2_000_000
-
+"""Up to so many rows a cluster would take longer to start than the build takes here."""
 
 CLUSTER_ROWS = 200_000
+"""From so many rows on, a cluster that is there already is used."""
 
 
 class Workers(Protocol):

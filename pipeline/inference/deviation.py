@@ -12,11 +12,7 @@ from pipeline.images.transforms import DataConfig
 from pipeline.inference.engines import Engine, EngineOptions, Network, Pixels
 
 _NUM_PROBES = 3
-
-
 _LARGEST_DEVIATION = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.03}
-
-
 _SMALLEST_COSINE = {"fp32": 0.99999, "bf16": 0.99, "fp16": 0.999}
 
 

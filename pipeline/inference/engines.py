@@ -24,8 +24,6 @@ from pipeline.images.transforms import DataConfig
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 EngineName = Literal["torch", "torch-compile", "openvino"]
-
-
 Pixels = NDArray[np.uint8]
 
 

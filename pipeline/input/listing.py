@@ -19,11 +19,7 @@ from pipeline.records import ObjectInfo, Shard, ShardKind, digest_json
 from pipeline.storage import Storage, normalise_uri
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-
-
 PARQUET_SUFFIXES = (".parquet", ".pq")
-
-
 LIST_SUFFIXES = (".txt", ".csv", ".tsv")
 
 
@@ -34,11 +30,7 @@ IMAGE_SUFFIXES = (
     ".jpx", ".j2c", ".avif", ".avifs", ".heic", ".heif", ".qoi", ".pcx", ".sgi", ".xbm", ".dds",
     ".psd", ".hdr", ".exr", ".svg",
 )
-
-
-# fmt: on
 """Names that make a loose object an image of the input; unreadable kinds become failed rows."""
-
 
 _THREADS = 32
 

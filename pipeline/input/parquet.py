@@ -16,8 +16,6 @@ from pipeline.errors import RecordError, SettingsError, describe_excess_bytes
 from pipeline.input.container import BrokenContainerError, FoundImage, ReadOptions, is_fault_of_data
 
 _REQUEST_BYTES = 8 << 20
-
-
 _BATCH_BYTES = 8 << 20
 
 

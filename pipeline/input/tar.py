@@ -18,16 +18,10 @@ from pipeline.input.container import BrokenContainerError, FoundImage, ReadOptio
 from pipeline.input.listing import IMAGE_SUFFIXES
 
 SIDECARS = ("json", "txt", "cls")
-
-
 """Members that belong to a sample without being images; carried on request, else passed over."""
 
 _SKIP_BYTES = 1 << 20
-
-
 _MAX_HEADER_BYTES = 1 << 20
-
-
 """Long names and pax headers stay far below; a lying one must not fill the memory."""
 
 _MAGICS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}

@@ -20,8 +20,6 @@ from pipeline.storage import Storage, join_uri, normalise_uri
 IO_THREADS = 32
 
 Item = TypeVar("Item")
-
-
 Result = TypeVar("Result")
 
 

@@ -50,9 +50,8 @@ ASSETS = {
     "/docs.js": ("docs.js", "text/javascript; charset=utf-8"),
     "/favicon.ico": ("icon.svg", "image/svg+xml"),
 }
-
-
 OPEN_PATHS = frozenset({*ASSETS, "/healthz", "/readyz", "/openapi.json"})
+"""What needs no key: it shows no data, or only that the process lives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +67,6 @@ class Access:
     keys: ApiKeys
     limits: GuardLimits
     cors_origins: tuple[str, ...] = ()
-
-
-"""What needs no key: it shows no data, or only that the process lives."""
 
 
 def create_app(lookups: Lookups, metrics: Metrics, access: Access) -> Asgi:

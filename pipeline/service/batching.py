@@ -16,8 +16,6 @@ from pipeline.service.metrics import Metrics
 from pipeline.service.problems import overloaded
 
 Item = TypeVar("Item")
-
-
 Result = TypeVar("Result")
 
 

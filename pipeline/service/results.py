@@ -11,8 +11,6 @@ from pipeline.records import Classes
 from pipeline.service.schema import ClassScore, Part, Result, encode_vector
 
 HIDDEN_COLUMNS = frozenset({"shard", "row", "offset", "nbytes", "sha256", "norm"})
-
-
 """Columns that answers leave out: where the data lies is nobody's business outside."""
 
 

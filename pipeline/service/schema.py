@@ -10,17 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pipeline.service.problems import Problem
 
 MAX_K = 1000
-
-
 MAX_OFFSET = 1000
-
-
 MAX_SEARCHES = 64
-
-
 MAX_IMAGES = 32
-
-
 MAX_DIM = 16_384
 
 Filter = Annotated[
@@ -32,14 +24,8 @@ Filter = Annotated[
         examples=["width >= 400", {"width": {"$gte": 400}}],
     ),
 ]
-
-
 Key = Annotated[str, Field(min_length=1, max_length=4096, description="Key of an indexed image.")]
-
-
 Base64 = Annotated[str, Field(min_length=1, json_schema_extra={"contentEncoding": "base64"})]
-
-
 Part = Literal["metadata", "vector", "classes"]
 
 

@@ -33,11 +33,7 @@ from pipeline.storage.s3 import S3Store
 T = TypeVar("T")
 
 _READ_AHEAD_BYTES = 8 << 20
-
-
 _CONNECTIONS = 64
-
-
 _PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 
 

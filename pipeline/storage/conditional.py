@@ -25,21 +25,13 @@ from pipeline.storage.hidden import name_lock
 from pipeline.storage.retry import code_of, retry, status_of
 
 GUARD_LIFE_S = 60.0
-
-
 """A guard this old is a dead writer's. A write under a guard ends well before that."""
 
 SETTLE_S = 0.5
-
-
 """Longest time in which a writer that saw no guard may still make one."""
 
 _GONE_CODES = ("NoSuchKey", "404")
-
-
 _NO_SUCH_ETAG = "0" * 32
-
-
 _CREATE = ("If-None-Match", "*")
 
 

@@ -13,11 +13,7 @@ from pipeline.records import ObjectInfo, digest_json
 from pipeline.storage.ranges import Span
 
 _VERSION_FIELDS = ("generation", "etag", "ETag", "md5Hash", "content_md5", "ino", "version_id")
-
-
 _TIME_FIELDS = ("mtime", "updated", "last_modified", "LastModified", "created")
-
-
 _memory_lock = threading.Lock()
 
 

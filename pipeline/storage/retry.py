@@ -23,13 +23,9 @@ from pipeline.errors import (
 T = TypeVar("T")
 
 FIRST_WAIT_S = 0.2
-
-
 LONGEST_WAIT_S = 20.0
 
 _log = logging.getLogger(__name__)
-
-
 _jitter = random.SystemRandom()
 
 _PASSING_CODES = {
@@ -45,8 +41,6 @@ _PASSING_CODES = {
     "ThrottlingException",
     "XAmzContentSHA256Mismatch",
 }
-
-
 _CREDENTIAL_CODES = {
     "ExpiredToken",
     "ExpiredTokenException",
@@ -56,8 +50,6 @@ _CREDENTIAL_CODES = {
     "SignatureDoesNotMatch",
     "TokenRefreshRequired",
 }
-
-
 _CREDENTIAL_ERRORS = (
     boto.NoCredentialsError,
     boto.PartialCredentialsError,
@@ -66,8 +58,6 @@ _CREDENTIAL_ERRORS = (
     boto.TokenRetrievalError,
     boto.SSOError,
 )
-
-
 _PASSING_ERRORS = (
     ConnectionError,
     TimeoutError,
@@ -77,17 +67,9 @@ _PASSING_ERRORS = (
     ResponseParserError,
     aiohttp.ClientError,
 )
-
-
 _PASSING_ERRNOS = {errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT}
-
-
 _FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
 _DENIED_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS}
-
-
 _MISSING_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 
 _FRESH_CREDENTIALS = (

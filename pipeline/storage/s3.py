@@ -21,23 +21,11 @@ from pipeline.storage.retry import is_passing, retry, status_of
 T = TypeVar("T")
 
 _PART_BYTES = 64 << 20
-
-
 _MOST_PARTS = 10_000
-
-
 _LIST_PAGE = 1000
-
-
 _UPLOAD_THREADS = 4
-
-
 _DELETES_AT_ONCE = 32
-
-
 _BODY_PIECE_BYTES = 1 << 20
-
-
 _WRITE_ID = "write-id"
 
 

@@ -20,17 +20,10 @@ from pipeline.storage import join_uri
 LOG = logging.getLogger("pipeline.index")
 
 MIN_SELF_HITS = 0.99
-
-
 COMPARED_ROWS = 2_000_000
-
-
 """Keys of each of two segments that are held at once, which takes about 200 MB."""
 
-
 MAX_READ_ROWS = 500_000_000
-
-
 """Keys that are read to compare segments, some several times; these take minutes."""
 
 

@@ -43,9 +43,10 @@ from pipeline.index.faiss.codes import Floats, Rows, search_exact
 
 
 DEPTH = 128
-
+"""Exact neighbours kept per query: 100 to measure by, the rest so that deletions leave 100."""
 
 TIE = 3e-6
+"""Scores closer than this are equal: the order of summation moves a cosine less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +137,6 @@ def read_queries(files: FileStore, queries: Mapping[str, FileInfo], dim: int) ->
         return Queries((), np.zeros((0, dim), np.float32), np.zeros(0, np.float32))
     floors = files.fetch(queries["floors"]).read_bytes() if "floors" in queries else None
     return decode_queries(files.fetch(queries["queries"]).read_bytes(), floors)
-
-
-"""Exact neighbours kept per query: 100 to measure by, the rest so that deletions leave 100."""
-
-
-"""Scores closer than this are equal: the order of summation moves a cosine less."""
 
 
 def merge_truths(truths: Sequence[Truth], count: int, depth: int = DEPTH) -> Floats:

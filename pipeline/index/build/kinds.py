@@ -18,62 +18,28 @@ from dataclasses import dataclass
 from pipeline.errors import SettingsError
 from pipeline.index.faiss.codec import KINDS
 
-
-
-"""Kinds whose codes are the vectors themselves."""
-
-
 AIM_MS = 2.0
-
-
 SCAN_NS: Mapping[str, float] = {"flat": 0.205, "rabitq": 0.0175}
-
-
 """What comparing one value of one row takes, everything included, for kinds that compare all."""
 
-
 MIN_SCAN_DIM = 256
-
-
 """Narrower rows cost no less: each has a fixed part."""
 
-
 SEGMENT_ROWS = 20_000_000
-
-
 LONG_LIST_ROWS = 128
-
-
 """Mean list length from which the blocked code layout is faster."""
 
-
 HNSW_LISTS = 4096
-
-
 """Number of lists from which the nearest ones are looked up in a graph rather than scanned."""
 
-
 MAX_LISTS = 65_536
-
-
 POINTS_PER_LIST = 32
-
-
 MAX_PADDING = 1.1
-
-
 """Widest padding, as a share, that a fast rotation may cost."""
 
-
 CODEC_SAMPLE_ROWS = 20_000
-
-
 TABLE_ROWS = (1000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000)
-
-
 TABLE_DIMS = (1024, 1984, 2048, 2152)
-
-
 TABLE_MEMORY_BYTES = (10**9, 8 * 10**9, 256 * 10**9)
 
 _WORDS: Mapping[str, str] = {

@@ -20,25 +20,13 @@ from pipeline.index.build.ground_truth import DEPTH, TIE, Queries, Truth, count_
 
 
 RANKS = (1, 10, 100)
-
-
 DEPTHS = (10, 100)
-
-
 """Neighbours asked for; who asks for more gets more candidates, and so better first ones."""
 
-
 TIMED_QUERIES = 100
-
-
 SELF_HIT_ROWS = 200
-
-
 SELF_TOLERANCE = 2.0**-11 + TIE
-
-
 """Exact codes and stored float16 vectors, which round by at most that share, score so far apart."""
-
 
 Z_95 = 1.96
 

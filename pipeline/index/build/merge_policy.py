@@ -13,29 +13,13 @@ from pipeline.index.vectors import Flags
 
 
 MAX_DELTAS = 8
-
-
 MAX_DELTA_SHARE = 0.1
-
-
 MAX_DEAD_SHARE = 0.2
-
-
 MAX_REPLACED_SHARE = 0.3
-
-
 MAX_GROWTH = 4.0
-
-
 MAX_IMBALANCE_GROWTH = 2.0
-
-
 MAX_COSINE_DROP = 0.02
-
-
 MIN_COSINE_ROWS = 512
-
-
 """The mean cosine of fewer new rows says little."""
 
 

@@ -26,22 +26,12 @@ from pipeline.index.vectors import normalise_rows
 from pipeline.index.vectors import open_vectors
 from pipeline.index.vectors import unpack_bits
 
-
-
 Item = TypeVar("Item")
-
-
 Result = TypeVar("Result")
 
 BLOCK_ROWS = 8192
 
-
-"""Shorter vectors have no direction; their cosine to anything would be noise."""
-
-
 READ_THREADS = 8
-
-
 _DROPPED_COLUMNS = ("status", "error", "embedding", "class_prob")
 
 

@@ -28,16 +28,10 @@ from pipeline.index.search.segment import open_codec
 
 
 BUILD_VERSION = 1
-
-
 """Part of every segment's name: raise it when the same rows would make other files."""
 
-
 COSINE_STRIDE = 16
-
-
 """Every how manieth row is looked at for drift; assigning all of them twice would be dear."""
-
 
 KEY_GROUP_ROWS = 65_536
 

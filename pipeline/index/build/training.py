@@ -28,10 +28,7 @@ from pipeline.storage import join_uri
 
 
 ROWS_PER_PART = 64
-
-
 """Rows drawn from one part: fewer would mean reading more of the input for the same sample."""
-
 
 PARTS_PER_TASK = 256
 

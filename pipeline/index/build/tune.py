@@ -9,37 +9,19 @@ from pipeline.index.build.measure import Measured
 
 
 CANDIDATES = (128, 256, 512, 1024, 2048, 4096, 8192)
-
-
 FIRST_CANDIDATES = 3
-
-
 WIDE_CANDIDATES = 2048
-
-
 EFS = (32, 64, 128, 256, 512)
-
-
 FEW_LISTS, QUICK_SHARE = 16, 8
-
-
 """More lists than a few, and then than an eighth of all, are tried only if fewer do not suffice."""
 
-
 NEAR_SHARES = (0.625, 0.75, 1.0, 1.5)
-
-
 """Numbers of lists, as shares of the power of two that suffices, that are tried precisely."""
 
-
 RANKING_CODES = 50
-
-
 """Codes that are compared in the time that one candidate takes to be ranked again."""
 
 Measure = Callable[[Sequence[SearchParams], bool], list[Measured]]
-
-
 """Measures settings; the flag asks for latency and self-hits too."""
 
 

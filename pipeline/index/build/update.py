@@ -30,12 +30,6 @@ from pipeline.index.workers import wants_ray
 LOG = logging.getLogger("pipeline.index")
 
 
-"""Up to so many rows a cluster would take longer to start than the build takes here."""
-
-
-"""From so many rows on, a cluster that is there already is used."""
-
-
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What is to be done.

@@ -24,16 +24,9 @@ from pipeline.index.workers import Workers
 from pipeline.storage import join_uri
 
 TASK_ROWS = 200_000
-
-
 QUERY_ROWS = 1024
-
-
 MAX_DUPLICATES = 50
-
-
 """Neighbours of one row that can make it a near duplicate; chains of pairs make larger groups."""
-
 
 _SHIFT = 32
 

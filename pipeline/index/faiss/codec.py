@@ -19,16 +19,17 @@ from pipeline.index.faiss.codes import (
 from pipeline.index.faiss.package import load_faiss
 
 COARSE_EF = 64
-
+"""Candidates of the coarse HNSW while rows are assigned; 0.99 agreement with exact assignment."""
 
 HNSW_BUILD_EF = 128
+"""The library's default of 40 leaves one row in fifty where a search does not find it."""
 
 MIN_SUPER_DIM = 32
+"""SuperKmeans refuses fewer dimensions."""
 
 KINDS = ("flat", "rabitq", "ivf-rabitq", "ivf-sq8", "hnsw")
-
-
 EXACT_KINDS = ("flat", "hnsw")
+"""Kinds whose codes are the vectors themselves."""
 
 
 class Codec:
@@ -129,15 +130,6 @@ class Codec:
     def write(self, path: Path) -> None:
         """Write the trained, empty index."""
         load_faiss().write_index(self._trained, str(path))
-
-
-"""Candidates of the coarse HNSW while rows are assigned; 0.99 agreement with exact assignment."""
-
-
-"""The library's default of 40 leaves one row in fifty where a search does not find it."""
-
-
-"""SuperKmeans refuses fewer dimensions."""
 
 
 def _copy_empty(index: Any) -> Any:

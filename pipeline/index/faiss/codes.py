@@ -16,32 +16,19 @@ from pipeline.errors import CorruptionError
 from pipeline.index.faiss.package import load_faiss
 
 Floats = npt.NDArray[np.float32]
-
-
 Rows = npt.NDArray[np.int64]
-
-
 Bits = npt.NDArray[np.uint8]
-
-
 Halves = npt.NDArray[np.float16]
 
 MIN_READ_LIMIT_BYTES = 1 << 28
-
-
 """What FAISS may allocate for one vector of a small file; a rotation has no bytes on disk."""
 
-
 RABITQ_QUERY_BITS = 8
-
-
 """The library's default of 4 loses a fifth of the recall."""
 
 MIN_RANKED_ROWS = 1024
 
 _reading = threading.Lock()
-
-
 _of_thread = threading.local()
 
 

@@ -11,10 +11,7 @@ from typing import Any
 from pipeline.errors import SettingsError
 
 MIN_VERSION = (1, 15, 1)
-
-
 """Older versions parse damaged files unsafely."""
-
 
 PACKAGES = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")
 

@@ -25,10 +25,7 @@ from pipeline.storage import Storage
 THUMBNAIL_PX = 256
 
 _HIDDEN = {"key", "shard", "row", "offset", "nbytes", "sha256", "norm", "width", "height"}
-
-
 _MAX_VALUE = 80
-
 
 _STYLE = """
 :root{color-scheme:light dark;--bg:#f6f5f2;--card:#fff;--ink:#1c1b19;--soft:#6d6a63;--line:#e2dfd8;

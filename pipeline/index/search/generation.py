@@ -28,13 +28,10 @@ from pipeline.index.search.segment import Mask, Request, Segment, open_codec
 from pipeline.index.vectors import read_bits
 
 MAX_CANDIDATES = 32
+"""Keys that an unknown one is compared with, letter by letter."""
 
 MAX_K = 10_000
-
-
 KEPT_MASKS = 16
-
-
 SUGGESTIONS = 3
 
 
@@ -288,9 +285,6 @@ class Snapshot:
             ]
             for line in zip(scores.tolist(), numbers.tolist(), rows.tolist(), strict=True)
         ]
-
-
-"""Keys that an unknown one is compared with, letter by letter."""
 
 
 def _is_live(mask: Mask | None, row: int) -> bool:

@@ -18,26 +18,14 @@ from pipeline.index.files import FileStore
 from pipeline.index.manifest import SegmentInfo
 
 MAPPED_KEYS_ROWS = 200_000
-
-
 """Longer key tables are mapped from the cache directory rather than held in memory."""
 
-
 SUGGEST_ROWS = 50_000
-
-
 """Rows whose file names are compared with an unknown key; they take 2 ms."""
 
-
 SUGGEST_AROUND = 4
-
-
 SUGGEST_NAMES = 8
-
-
 MIN_LIKENESS = 0.6
-
-
 COMPARED_LETTERS = 200
 
 

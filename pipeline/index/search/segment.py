@@ -20,25 +20,19 @@ from pipeline.index.vectors import open_vectors
 from pipeline.storage import join_uri
 
 EXACT_ROWS = 50_000
-
+"""Up to so many rows that a filter leaves, scanning them all beats any index."""
 
 EXACT_SHARE = 0.02
-
+"""Below this share of a segment, an index finds too few of the rows that a filter leaves."""
 
 MAX_EXACT_ROWS = 1_000_000
-
-
 SCAN_ROWS = 8192
-
-
 RANKED_ROWS = 2048
-
-
 RANKED_QUERIES = 16
-
+"""From more queries on, converting the vectors once and multiplying matrices is faster."""
 
 OVERFETCH = 4
-
+"""Candidates for every neighbour, at least: of 100 nearest, the best 128 codes miss a fifth."""
 
 MAX_OVERFETCH = 16_384
 
@@ -196,18 +190,6 @@ class Segment:
     def read_vectors(self, rows: Rows) -> Floats:
         """Return stored unit vectors, float32 (n, dim)."""
         return np.asarray(self._vectors[rows], np.float32)
-
-
-"""Up to so many rows that a filter leaves, scanning them all beats any index."""
-
-
-"""Below this share of a segment, an index finds too few of the rows that a filter leaves."""
-
-
-"""From more queries on, converting the vectors once and multiplying matrices is faster."""
-
-
-"""Candidates for every neighbour, at least: of 100 nearest, the best 128 codes miss a fifth."""
 
 
 def empty_result(count: int) -> tuple[Floats, Rows]:

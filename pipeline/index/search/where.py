@@ -26,14 +26,8 @@ import pyarrow.compute as pc
 from pipeline.errors import QueryError
 
 MAX_DEPTH = 8
-
-
 MAX_CONDITIONS = 64
-
-
 MAX_VALUES = 1000
-
-
 MAX_TEXT = 2000
 
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
@@ -44,8 +38,6 @@ _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "$gt": lambda column, value: column > value,
     "$gte": lambda column, value: column >= value,
 }
-
-
 _TEXT_OPERATORS = {
     "=": "$eq",
     "!=": "$ne",
@@ -56,8 +48,6 @@ _TEXT_OPERATORS = {
     "~": "$contains",
     "^=": "$prefix",
 }
-
-
 OPERATORS = (*_COMPARE, "$in", "$nin", "$contains", "$prefix", "$exists")
 
 
