@@ -197,6 +197,19 @@ def test_importing_the_package_does_no_work():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("pipeline.images.host", ("torch", "pyarrow", "ray")),  # decode processes
+        ("pipeline.input.reader", ("torch",)),  # read tasks
+    ],
+)
+def test_what_runs_in_many_processes_imports_nothing_heavy(module: str, heavy: tuple[str, ...]):
+    code = f"import sys, {module}; sys.exit(' '.join({{*sys.modules}} & {{*{heavy}}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip() == ""
+
+
 def list_flags(settings_class: type) -> list[str]:
     hints = get_type_hints(settings_class)
     flags: list[str] = []

@@ -10,7 +10,8 @@ import torch
 from pipeline.backbones import load_weights, save_weights
 from pipeline.benchmark.samples import SampleSet
 from pipeline.config import BenchmarkConfig
-from pipeline.images.transforms import DataConfig, resolve_data_config
+from pipeline.images.resize import DataConfig
+from pipeline.images.transforms import resolve_data_config
 
 JOBS = Path(__file__).parents[2] / "jobs"
 

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.backbones import create_backbone
 from pipeline.benchmark.rounds import serve_rounds
 from pipeline.images.decode import ImageLimits, decode_image, image_digest
-from pipeline.images.transforms import DataConfig, resize_and_crop
+from pipeline.images.resize import DataConfig, resize_and_crop
 from pipeline.inference.deviation import draw_probes
 from pipeline.inference.engines import DTYPES, EngineOptions, Pixels, build_engine
 from pipeline.input.container import ReadOptions

@@ -19,8 +19,8 @@ from pipeline.embed_job.quarantine import Quarantine
 from pipeline.embed_job.resources import Resources
 from pipeline.embed_job.wire import FailedShard, Load, Receipt, pack_receipts, unpack_loads
 from pipeline.errors import AbortError, AccessError, SettingsError, StorageError
-from pipeline.images.crops import Crop
 from pipeline.images.decode import ImageLimits
+from pipeline.images.host import Crop
 from pipeline.inference.embedder import Embedder, EmbedderOptions, make_crop_maker
 from pipeline.inference.engines import EngineOptions, check_engine_options
 from pipeline.input.container import ReadOptions

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.embed_job.wire import Load
-from pipeline.images.crops import Crop
+from pipeline.images.host import Crop
 from pipeline.records import Chunk, Embedding
 
 CROPS_SCHEMA = pa.schema([pa.field("header", pa.binary()), pa.field("pixels", pa.large_binary())])

@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from pipeline.errors import SettingsError
-from pipeline.images.crops import Crop, CropMaker, data_config_of
+from pipeline.images.crops import CropMaker, data_config_of
 from pipeline.images.decode import ImageHeader, ImageLimits, image_digest, read_header
-from pipeline.images.transforms import locate_crop
+from pipeline.images.host import Crop
+from pipeline.images.resize import locate_crop
 from pipeline.records import Embedding, Record, Space
 
 _GROUP_IMAGES = 32

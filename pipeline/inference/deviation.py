@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import SettingsError
-from pipeline.images.transforms import DataConfig
+from pipeline.images.resize import DataConfig
 from pipeline.inference.engines import Engine, EngineOptions, Network, Pixels
 
 _NUM_PROBES = 3

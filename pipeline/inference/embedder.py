@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from pipeline.backbones import create_backbone, load_weights, weights_digest
 from pipeline.errors import CorruptionError
-from pipeline.images.crops import Crop, CropMaker, HostCropMaker, data_config_of
+from pipeline.images.crops import CropMaker, HostCropMaker, data_config_of
 from pipeline.images.decode import ImageLimits
 from pipeline.images.gpu import GpuCropMaker
+from pipeline.images.host import Crop
 from pipeline.inference.deviation import Deviation, check_deviation, measure_deviation
 from pipeline.inference.engines import (
     Engine,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.backbones import optimize_for_inference
 from pipeline.errors import SettingsError
-from pipeline.images.transforms import DataConfig
+from pipeline.images.resize import DataConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -28,7 +28,8 @@ from pipeline.benchmark.worker import count_flops, loop_over_pillow
 from pipeline.config import BenchmarkConfig, StorageOptions
 from pipeline.errors import AbortError, SettingsError
 from pipeline.images.decode import ImageLimits, decode_image
-from pipeline.images.transforms import resize_and_crop, resolve_data_config
+from pipeline.images.resize import resize_and_crop
+from pipeline.images.transforms import resolve_data_config
 
 TURN = """
 import sys

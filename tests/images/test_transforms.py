@@ -8,13 +8,8 @@ from PIL import Image
 
 from pipeline.backbones import create_backbone, list_backbones
 from pipeline.errors import SettingsError, UnknownBackboneError
-from pipeline.images.transforms import (
-    DataConfig,
-    create_transform,
-    normalise,
-    resize_and_crop,
-    resolve_data_config,
-)
+from pipeline.images.resize import DataConfig, resize_and_crop
+from pipeline.images.transforms import create_transform, normalise, resolve_data_config
 
 ORDINARY_SIZES = [(1, 1), (2, 1), (31, 33), (256, 256), (500, 375), (375, 500), (1600, 1200)]
 LONG_SIZES = [(1, 16), (1, 17), (10, 300), (300, 10), (235, 3999), (3999, 235)]

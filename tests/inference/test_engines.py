@@ -9,7 +9,8 @@ from torch import nn
 
 from pipeline.backbones import create_backbone
 from pipeline.errors import SettingsError
-from pipeline.images.transforms import DataConfig, normalise, resolve_data_config
+from pipeline.images.resize import DataConfig
+from pipeline.images.transforms import normalise, resolve_data_config
 from pipeline.inference.deviation import Deviation, check_deviation, draw_probes, measure_deviation
 from pipeline.inference.engines import (
     CpuEngine,
