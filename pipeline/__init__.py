@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pipeline.output.commits import read_embeddings
     from pipeline.service.client import Client
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "Client": "pipeline.service.client",
     "EmbedConfig": "pipeline.config",
@@ -53,4 +55,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, "__version__"]

@@ -30,6 +30,7 @@ from pipeline.index.search.search_index import Neighbour, SearchIndex
 from pipeline.input.reader import read_record_bytes
 from pipeline.log import LOG
 from pipeline.output.commits import list_commits
+from pipeline.records import describe_job
 from pipeline.storage import Storage, join_uri, normalise_uri
 
 _QUERIES = 4
@@ -99,8 +100,7 @@ class NightlyReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""
         freshness = {name: getattr(self.freshness, name) for name in Freshness.__slots__}
-        return {
-            "job": "nightly",
+        return describe_job("nightly") | {
             "embed": self.embed.to_dict(),
             "index": self.index.to_dict(),
             "freshness": freshness,

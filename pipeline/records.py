@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline import __version__
+
 FORMAT_VERSION = 1
 
 STATUSES = (
@@ -50,6 +52,11 @@ def digest_json(value: object, *, length: int = 16) -> str:
     """Return the first ``length`` hex digits of the SHA-256 of ``value`` as canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def describe_job(job: str) -> dict[str, Any]:
+    """Return how every report begins: the job, and the version of this project that ran it."""
+    return {"job": job, "version": __version__}
 
 
 @dataclass(frozen=True, slots=True)

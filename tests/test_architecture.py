@@ -13,6 +13,7 @@ from typing import get_type_hints
 import pytest
 
 import pipeline
+from pipeline.records import describe_job
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = {
@@ -171,7 +172,7 @@ def test_the_public_names_are_these():
         "read_embeddings",
         "resolve_data_config",
     ]
-    assert dir(pipeline) == pipeline.__all__
+    assert set(dir(pipeline)) == {*pipeline.__all__, "__version__"}
 
 
 @pytest.mark.parametrize("name", sorted(pipeline.__all__))
@@ -183,6 +184,12 @@ def test_no_folder_takes_the_place_of_a_public_name():
     """Importing ``pipeline.x.y`` sets ``pipeline.x``, so no folder may have a public name."""
     folders = {path.parent.name for path in MODULES.values() if path.name == "__init__.py"}
     assert folders & set(pipeline.__all__) == set()
+
+
+def test_every_report_says_which_version_wrote_it():
+    assert describe_job("embed") == {"job": "embed", "version": pipeline.__version__}
+    by_hand = {name for name, path in MODULES.items() if '"job":' in path.read_text()}
+    assert by_hand == {"pipeline.records"}
 
 
 def test_an_unknown_public_name_is_an_attribute_error():

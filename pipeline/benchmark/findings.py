@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.benchmark.rounds import Rate
+from pipeline.records import describe_job
 
 Row = Mapping[str, Any]
 """One line of a table, by the titles of its columns."""
@@ -47,7 +48,7 @@ class BenchmarkReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""
-        return {"job": "benchmark"} | asdict(self)
+        return describe_job("benchmark") | asdict(self)
 
     def to_table(self) -> str:
         """Return the report as Markdown."""

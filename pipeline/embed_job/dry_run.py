@@ -13,7 +13,7 @@ from pipeline.input.reader import read_chunks
 from pipeline.log import LOG
 from pipeline.output.commits import list_commits, list_retired
 from pipeline.output.info import OutputInfo
-from pipeline.records import Record, Shard
+from pipeline.records import Record, Shard, describe_job
 from pipeline.storage import Storage
 
 _SAMPLE_SHARDS = 4
@@ -52,7 +52,7 @@ class DryRunReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""
-        return {"job": "embed", "dry_run": True} | asdict(self)
+        return describe_job("embed") | {"dry_run": True} | asdict(self)
 
 
 def estimate_run(

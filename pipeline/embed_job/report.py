@@ -20,6 +20,7 @@ from rich.progress import (
 from pipeline.embed_job.efficiency import Efficiency
 from pipeline.errors import CorruptionError, TooManyFailuresError
 from pipeline.log import LOG
+from pipeline.records import describe_job
 
 _LOG_EVERY_S = 10.0
 _MIN_ROWS_FOR_SHARE = 1000
@@ -109,7 +110,7 @@ class EmbedReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""
-        return {"job": "embed"} | asdict(self)
+        return describe_job("embed") | asdict(self)
 
 
 class Counters:

@@ -214,6 +214,7 @@ class Manifest:
         map: A sample of the rows in two dimensions, to look at; None where there is none.
         skipped: Committed vectors that are not usable: zero, or not finite.
         faiss_version: The library that wrote the codes.
+        version: Version of this project that built it; empty before versions were recorded.
         metric: Always ``"cosine"``: inner product of unit vectors.
         format: Version of this layout.
     """
@@ -238,6 +239,7 @@ class Manifest:
     map: FileInfo | None = None
     skipped: int = 0
     faiss_version: str = ""
+    version: str = ""
     metric: str = "cosine"
     format: int = FORMAT_VERSION
 

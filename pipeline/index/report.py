@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.index.manifest import Manifest
+from pipeline.records import describe_job
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class IndexReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""
-        values = {"job": "index"} | asdict(self)
+        values = describe_job("index") | asdict(self)
         return values | dict(values.pop("details"))
 
 

@@ -21,6 +21,7 @@ from pipeline.records import (
     Commit,
     PartInfo,
     count_statuses,
+    describe_job,
 )
 from pipeline.storage import Storage, join_uri
 
@@ -45,8 +46,7 @@ class VerifyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""
-        return {
-            "job": "verify",
+        return describe_job("verify") | {
             "commits": self.commits,
             "parts": self.parts,
             "rows": self.rows,

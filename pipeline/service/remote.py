@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.config import SearchConfig
 from pipeline.errors import QueryError, SettingsError
 from pipeline.index.search.command import read_vector_file
+from pipeline.records import describe_job
 from pipeline.service.client import Client
 from pipeline.service.schema import MAX_SEARCHES, SearchResponse
 from pipeline.storage import Storage
@@ -39,7 +40,7 @@ class RemoteReport:
             for name, answer in zip(self.names, self.answers, strict=True)
         ]
         generation = self.answers[0].generation if self.answers else None
-        head = {"job": "search", "index": self.url, "generation": generation}
+        head = describe_job("search") | {"index": self.url, "generation": generation}
         body = results[0] if len(results) == 1 else {"results": results}
         return head | {"seconds": round(self.seconds, 6)} | body
 

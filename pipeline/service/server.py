@@ -12,6 +12,7 @@ from typing import Any
 import uvicorn
 
 from pipeline.config import ServeConfig
+from pipeline.records import describe_job
 from pipeline.service.access import check_exposure, read_api_keys
 from pipeline.service.guard import Asgi
 
@@ -34,7 +35,7 @@ class ServeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""
-        return {"job": "serve"} | asdict(self)
+        return describe_job("serve") | asdict(self)
 
 
 def check_keys(config: ServeConfig) -> None:

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+import pipeline
 from infra.manifests import INFRA, PROJECT, ROOT, find_clusters, find_containers, kubernetes
 
 DOCKERFILE = (INFRA / "Dockerfile").read_text()
@@ -36,7 +37,7 @@ def test_the_base_is_pinned_to_a_patch_release() -> None:
     (default,) = re.findall(r"^ARG PYTHON=(\S+)", DOCKERFILE, re.MULTILINE)
     assert re.fullmatch(r"3\.1[123]\.\d+-slim-\w+", default)
     bases = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
-    assert set(bases) == {"python:${PYTHON}"}
+    assert set(bases) == {"python:${PYTHON}", "dependencies"}
 
 
 def test_it_runs_as_the_user_that_the_manifests_name() -> None:
@@ -52,6 +53,15 @@ def test_what_it_copies_exists_and_is_let_through_to_the_builder() -> None:
         for source in line.split()[:-1]:
             assert (ROOT / source).exists()
             assert source in let_through
+
+
+def test_a_change_of_code_or_of_the_readme_installs_no_dependency_again() -> None:
+    """Layers are rebuilt from the first changed COPY on, and a venv is one layer when copied."""
+    dependencies, _, rest = DOCKERFILE.partition("FROM dependencies AS project")
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", dependencies, re.MULTILINE)
+    assert copied == ["infra/constraints.txt pyproject.toml"]
+    assert "COPY --from=dependencies /opt/venv /opt/venv" in rest
+    assert rest.index("/opt/venv /opt/venv") < rest.index("COPY --from=project")
 
 
 def test_its_extras_exist_in_the_project() -> None:
@@ -81,7 +91,7 @@ def test_every_image_is_pinned_and_ours_is_of_this_version(image: str) -> None:
     assert tag != "latest"
     if Path(name).name == PROJECT["name"]:
         release, _, variant = tag.rpartition("-")
-        assert release == PROJECT["version"]
+        assert release == pipeline.__version__
         assert variant in VARIANTS
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline import __version__
 from pipeline.index.build.changes import encode_owners
 from pipeline.index.build.draft import Build, Draft
 from pipeline.index.build.gates import Gate, check_files, check_keys, check_recall, check_row_drop, check_rows, check_self_hits
@@ -92,6 +93,7 @@ def make_manifest(build: Build, draft: Draft, rest: Rest, *, tuned: Tuned, seq: 
         map=draft.map,
         skipped=draft.skipped,
         faiss_version=describe_engine().version,
+        version=__version__,
     )
 
 

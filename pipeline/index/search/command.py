@@ -20,6 +20,7 @@ from pipeline.images.thumbnails import make_thumbnail
 from pipeline.index.faiss.codes import Floats
 from pipeline.index.search.search_index import IndexInfo, Neighbour, SearchIndex
 from pipeline.input.reader import read_record_bytes
+from pipeline.records import describe_job
 from pipeline.storage import Storage
 
 THUMBNAIL_PX = 256
@@ -124,7 +125,7 @@ class SearchReport:
             {"query": query.name, "neighbours": [_to_dict(item) for item in found]}
             for query, found in zip(self.queries, self.found, strict=True)
         ]
-        head = {"job": "search", "index": self.index, "generation": self.generation}
+        head = describe_job("search") | {"index": self.index, "generation": self.generation}
         body = results[0] if len(results) == 1 else {"results": results}
         return head | {"seconds": round(self.seconds, 6)} | body
 
