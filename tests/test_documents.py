@@ -14,6 +14,7 @@ from pipeline.cli import parse_settings
 from pipeline.records import STATUSES, Layout, Space, part_schema
 
 DOCUMENTS = [ROOT / "README.md", INFRA / "README.md"]
+LINKED = [*DOCUMENTS, ROOT / "pipeline" / "README.md", ROOT / ".github" / "CONTRIBUTING.md"]
 
 
 def list_commands(path: Path) -> list[str]:
@@ -48,11 +49,15 @@ def test_every_flag_that_is_named_is_a_flag(path: Path) -> None:
     assert named - known <= {"--help", "--config"}
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=["README", "infra"])
+@pytest.mark.parametrize("path", LINKED, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_file_that_is_named_is_there(path: Path) -> None:
     text = path.read_text()
-    linked = {path.parent / link for link in re.findall(r"\]\(([^)#:]+)\)", text)}
-    named = {ROOT / name for name in re.findall(r"\b(?:infra|jobs)/[\w/.-]+\.\w+", text)}
+    linked = {path.parent / link for link in re.findall(r"\]\(([^)#:]+)[)#]", text)}
+    named = {ROOT / name for name in re.findall(r"\b(?:infra|jobs|tests)/[\w/.-]+\.\w+", text)}
+    inside = re.findall(r"`((?:\w+/)*\w+\.py)`", text) if path.parent.name != "infra" else []
+    named |= {
+        ROOT / name if (ROOT / name).exists() else ROOT / "pipeline" / name for name in inside
+    }
     assert [str(file) for file in linked | named if not file.exists()] == []
 
 
