@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar, cast
 from urllib.parse import unquote, urlsplit
 
-import fsspec
 import pyarrow.fs
+from fsspec import filesystem as open_filesystem  # the module's name is a module's here
 
 from pipeline.config import StorageOptions
 from pipeline.errors import ObjectMissingError, SettingsError, StorageError
@@ -321,7 +321,7 @@ def _connect(_place: tuple[int, int], protocol: str, options: StorageOptions) ->
     if protocol == "s3":
         return S3Store(_connect_s3(options), attempts=options.storage_attempts)
     try:
-        filesystem = fsspec.filesystem(protocol, use_listings_cache=False)
+        filesystem = open_filesystem(protocol, use_listings_cache=False)
     except (ValueError, ImportError) as error:
         raise StorageError(
             f"cannot reach {protocol}://: {error}; check the URI, or install what it needs"
@@ -331,7 +331,7 @@ def _connect(_place: tuple[int, int], protocol: str, options: StorageOptions) ->
 
 def _connect_s3(options: StorageOptions) -> Any:
     _check_endpoint(options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL"))
-    filesystem = fsspec.filesystem(
+    filesystem = open_filesystem(
         "s3",
         anon=options.anonymous,
         endpoint_url=options.endpoint_url,

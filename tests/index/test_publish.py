@@ -129,8 +129,8 @@ def test_the_loser_of_a_race_leaves_the_winners_files_alone(corpus, tmp_path, mo
 KILLED = """
 import os, sys
 from pipeline.config import IndexConfig
-from pipeline.index import update
-from pipeline.index.build import build_index
+from pipeline.index.build import update
+from pipeline.index.job import build_index
 from pipeline.storage import Storage
 
 moment, index, embeddings = sys.argv[1:]
