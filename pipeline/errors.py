@@ -87,7 +87,15 @@ class ObjectChangedError(StorageError):
 
 
 class AccessError(StorageError):
-    """Credentials are missing, expired, or lack the permission."""
+    """The permission is lacking, for one object or for all of them."""
+
+
+class CredentialsError(AccessError):
+    """Credentials are missing, wrong or expired: they open no object at all."""
+
+
+class UnreachableError(StorageError):
+    """Storage kept failing until the retries were used up; the object itself may be sound."""
 
 
 class ConflictError(StorageError):

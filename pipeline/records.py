@@ -65,7 +65,7 @@ class ObjectInfo:
 
     Attributes:
         uri: Full URI, e.g. ``"s3://bucket/train/00042.tar"``; local files as absolute paths.
-        size_bytes: Size as listed.
+        size_bytes: Size as listed; -1 for what has no content: a pipe, a socket, a device.
         version: Changes whenever the content does: the etag, or ``"<size>-<mtime ns>"``.
         modified_s: Time of the last change in seconds since 1970, or None if unknown.
     """
@@ -74,6 +74,19 @@ class ObjectInfo:
     size_bytes: int
     version: str
     modified_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FailedObject:
+    r"""An object, or a whole folder, that is there but cannot be described or read.
+
+    Attributes:
+        uri: Its URI; bytes of a name that are no UTF-8 are written as ``\xe9``.
+        reason: Why, and what to do.
+    """
+
+    uri: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar, cast
@@ -22,7 +22,7 @@ from fsspec import filesystem as open_filesystem  # the module's name is a modul
 
 from pipeline.config import StorageOptions
 from pipeline.errors import ObjectMissingError, SettingsError, StorageError
-from pipeline.records import ObjectInfo
+from pipeline.records import FailedObject, ObjectInfo
 from pipeline.storage.arrow import ArrowHandler
 from pipeline.storage.fsspec import OtherStore
 from pipeline.storage.local import LocalStore, write_atomically
@@ -40,7 +40,7 @@ _PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 class Store(Protocol):
     """One kind of store: every call is one try, and raises whatever its library raises."""
 
-    def list_objects(self, uri: str) -> list[ObjectInfo]: ...  # noqa: D102
+    def list_objects(self, uri: str) -> Sequence[ObjectInfo | FailedObject]: ...  # noqa: D102
     def stat(self, uri: str) -> ObjectInfo: ...  # noqa: D102
     def fetch(  # noqa: D102
         self, uri: str, *, start: int, stop: int | None, version: str | None
@@ -75,10 +75,26 @@ class Storage:
 
         Raises:
             ObjectMissingError: The bucket does not exist.
+            StorageError: Something that lies there cannot be looked at.
+        """
+        found, failed = self.survey(uri)
+        if failed:
+            raise StorageError(f"cannot list {failed[0].uri!r}: {failed[0].reason}")
+        return [info for info in found if info.size_bytes >= 0]
+
+    def survey(self, uri: str) -> tuple[list[ObjectInfo], list[FailedObject]]:
+        """List like ``list_objects``, and return apart what cannot be looked at, with reasons.
+
+        Pipes, sockets and devices are among the objects, with a size of -1.
+
+        Raises:
+            ObjectMissingError: The bucket does not exist.
         """
         uri = normalise_uri(uri)
-        found = self._try("list", uri, lambda store: store.list_objects(uri))
-        return sorted(found, key=lambda info: info.uri)
+        entries = self._try("list", uri, lambda store: store.list_objects(uri))
+        found = [entry for entry in entries if isinstance(entry, ObjectInfo)]
+        failed = [entry for entry in entries if isinstance(entry, FailedObject)]
+        return sorted(found, key=lambda o: o.uri), sorted(failed, key=lambda o: o.uri)
 
     def stat(self, uri: str) -> ObjectInfo:
         """Describe one object.

@@ -4,17 +4,19 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
-from pipeline.errors import ConflictError, ObjectChangedError, StorageError
-from pipeline.records import ObjectInfo
+from pipeline.errors import ConflictError, ObjectChangedError, RetryError, StorageError
+from pipeline.records import FailedObject, ObjectInfo
 from pipeline.storage.hidden import is_listed, name_lock, name_unfinished
 from pipeline.storage.ranges import Span
+from pipeline.storage.retry import is_passing, translate
 
 _COPY_BYTES = 1 << 20
 
@@ -22,42 +24,47 @@ _COPY_BYTES = 1 << 20
 class LocalStore:
     """Paths of the local file system. A URI is an absolute path here."""
 
-    def list_objects(self, uri: str) -> list[ObjectInfo]:
-        """Return the files under a folder, or the one file; in no order."""
+    def list_objects(self, uri: str) -> list[ObjectInfo | FailedObject]:
+        """Return the files under a folder, or the one file; in no order.
+
+        What is there but cannot be looked at is named with its reason: a folder without
+        permission, a link to nothing, a name that is not UTF-8.
+        """
         try:
             status = os.stat(uri)  # noqa: PTH116
         except (FileNotFoundError, NotADirectoryError):
             return []
         if S_ISDIR(status.st_mode):
+            os.scandir(uri).close()  # raises where the folder itself is out of reach
             return list(_walk(uri, ancestors=frozenset()))
-        return [_describe(uri, status)] if S_ISREG(status.st_mode) else []
+        return [_describe(uri, status)]
 
     def stat(self, uri: str) -> ObjectInfo:
         """Describe one file."""
         status = os.stat(uri)  # noqa: PTH116
         if not S_ISREG(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, "not a file but a folder or a device")
-        return _describe(uri, status)
+        return ObjectInfo(uri, status.st_size, _version_of(status), status.st_mtime_ns / 1e9)
 
     def fetch(self, uri: str, *, start: int, stop: int | None, version: str | None) -> Span:
         """Return bytes [start, stop) of one version of a file."""
         with self.open(uri, version, buffer_bytes=0) as file:
-            info = _describe(uri, os.fstat(file.fileno()))
+            status = os.fstat(file.fileno())
             file.seek(start)
             data = file.read(-1 if stop is None else stop - start)
-        return Span(data, info.size_bytes, info.version)
+        return Span(data, status.st_size, _version_of(status))
 
     def open(self, uri: str, version: str | None, *, buffer_bytes: int) -> BinaryIO:
-        """Open a file; what replaces it later does not show through the open file."""
-        file = open(uri, "rb", buffering=buffer_bytes)  # noqa: PTH123, SIM115
-        found = _describe(uri, os.fstat(file.fileno())).version
-        if version is not None and version != found:
+        """Open a file of which every byte is of one version.
+
+        What replaces the file later does not show through the open one, and what is written over
+        its content is noticed by the first read that may have seen it.
+        """
+        file = _PinnedFile(uri)
+        if version is not None and version != file.version:
             file.close()
-            raise ObjectChangedError(
-                f"{uri!r} has changed: version {version} was expected and {found} is there; "
-                "list the input again"
-            )
-        return file
+            raise _make_changed_error(uri, version, file.version)
+        return cast(BinaryIO, io.BufferedReader(file, buffer_bytes) if buffer_bytes else file)
 
     def put(self, uri: str, data: bytes) -> None:
         """Write a file so that it appears whole or not at all."""
@@ -100,6 +107,55 @@ class LocalStore:
             return None
 
 
+class _PinnedFile(io.FileIO):
+    """A file open for reading that looks at itself after every read.
+
+    Raises:
+        ObjectChangedError: From a read: size or time of change are not what they were at first.
+        StorageError: From a read: the disk refuses.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, "rb")
+        self._path = path
+        self.version = _version_of(os.fstat(self.fileno()))
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        """Fill ``buffer`` as far as one read goes."""
+        with self._checking():
+            return super().readinto(buffer)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return up to ``size`` bytes, all that are left if negative."""
+        with self._checking():
+            return super().read(-1 if size is None else size) or b""
+
+    def readall(self) -> bytes:
+        """Return all bytes that are left."""
+        with self._checking():
+            return super().readall() or b""
+
+    @contextlib.contextmanager
+    def _checking(self) -> Iterator[None]:
+        try:
+            yield
+            found = _version_of(os.fstat(self.fileno()))
+        except OSError as error:
+            fault = translate(error, action="read", uri=self._path)
+            if isinstance(fault, RetryError):
+                fault = StorageError(f"cannot read {self._path!r}: {fault}; run again")
+            raise fault or error from error
+        if found != self.version:
+            raise _make_changed_error(self._path, self.version, found)
+
+
+def _make_changed_error(uri: str, version: str, found: str) -> ObjectChangedError:
+    return ObjectChangedError(
+        f"{uri!r} has changed: version {version} was expected and {found} is there; "
+        "list the input again"
+    )
+
+
 @contextlib.contextmanager
 def write_atomically(path: Path) -> Iterator[BinaryIO]:
     """Give a file to write; on a clean exit it becomes ``path``, durably, otherwise nothing does.
@@ -138,27 +194,53 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _walk(folder: str, *, ancestors: frozenset[tuple[int, int]]) -> Iterator[ObjectInfo]:
-    """Yield the files under ``folder``, through symbolic links but never in circles."""
-    status = os.stat(folder)  # noqa: PTH116
-    identity = (status.st_dev, status.st_ino)
-    if identity in ancestors:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            try:
-                if entry.is_dir():
-                    yield from _walk(entry.path, ancestors=ancestors | {identity})
-                elif entry.is_file() and is_listed(entry.name):
-                    yield _describe(entry.path, entry.stat())
-            except FileNotFoundError:
-                continue  # deleted since the folder was read
-
-
-def _describe(path: str, status: os.stat_result) -> ObjectInfo:
+def _walk(
+    folder: str, *, ancestors: frozenset[tuple[int, int]]
+) -> Iterator[ObjectInfo | FailedObject]:
+    """Yield what lies under ``folder``, through symbolic links but never in circles."""
     try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise StorageError(f"file name {os.fsencode(path)!r} is not UTF-8; rename it") from None
-    version = f"{status.st_size}-{status.st_mtime_ns}"
-    return ObjectInfo(path, status.st_size, version, status.st_mtime_ns / 1e9)
+        status = os.stat(folder)  # noqa: PTH116
+        identity = (status.st_dev, status.st_ino)
+        entries = [] if identity in ancestors else list(os.scandir(folder))
+    except OSError as error:
+        yield from _explain_entry(folder, error)
+        return
+    for entry in entries:
+        try:
+            if entry.is_dir():
+                yield from _walk(entry.path, ancestors=ancestors | {identity})
+            elif is_listed(entry.name):
+                yield _describe(entry.path, entry.stat())
+        except OSError as error:
+            yield from _explain_entry(entry.path, error)
+
+
+def _explain_entry(path: str, error: OSError) -> Iterator[FailedObject]:
+    """Name what cannot be looked at, unless it was deleted since its folder was read.
+
+    Raises:
+        OSError: The fault is this machine's (no file descriptor, no memory), or passing.
+    """
+    if is_passing(error):
+        raise error
+    missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+    if not missing or os.path.lexists(path):
+        what = "a symbolic link that leads nowhere" if missing else error.strerror or str(error)
+        reason = f"cannot look at it: {what}; mend it at the source, or take it out of the input"
+        yield FailedObject(_to_text(path), reason)
+
+
+def _describe(path: str, status: os.stat_result) -> ObjectInfo | FailedObject:
+    if _to_text(path) != path:
+        return FailedObject(_to_text(path), "its name is not UTF-8; rename it")
+    if not S_ISREG(status.st_mode):
+        return ObjectInfo(path, -1, "")
+    return ObjectInfo(path, status.st_size, _version_of(status), status.st_mtime_ns / 1e9)
+
+
+def _to_text(path: str) -> str:
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _version_of(status: os.stat_result) -> str:
+    return f"{status.st_size}-{status.st_mtime_ns}"

@@ -14,10 +14,12 @@ from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 from pipeline.errors import (
     AccessError,
     ConflictError,
+    CredentialsError,
     ObjectMissingError,
     PipelineError,
     RetryError,
     StorageError,
+    UnreachableError,
 )
 
 T = TypeVar("T")
@@ -67,7 +69,9 @@ _PASSING_ERRORS = (
     ResponseParserError,
     aiohttp.ClientError,
 )
+_SHORTAGE_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _PASSING_ERRNOS = {errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT}
+_PASSING_ERRNOS |= _SHORTAGE_ERRNOS
 _FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS}
 _MISSING_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
@@ -107,8 +111,8 @@ def retry(call: Callable[[], T], *, action: str, uri: str, attempts: int) -> T:
     raise StorageError(f"cannot {action} {uri!r}: storage_attempts is {attempts}; use at least 1")
 
 
-def _give_up(fault: RetryError, *, action: str, uri: str, attempts: int) -> StorageError:
-    return StorageError(
+def _give_up(fault: RetryError, *, action: str, uri: str, attempts: int) -> UnreachableError:
+    return UnreachableError(
         f"cannot {action} {uri!r}: failed {attempts} times, the last time with: {fault}; "
         "check the store and the network, or raise storage_attempts"
     )
@@ -127,7 +131,7 @@ def translate(error: BaseException, *, action: str, uri: str) -> PipelineError |
     if response is not None:
         return _translate_response(response, action=action, uri=uri)
     if isinstance(error, _CREDENTIAL_ERRORS):
-        return AccessError(
+        return CredentialsError(
             f"cannot {action} {uri!r}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
             "a profile or a role, or choose anonymous access for a public bucket"
         )
@@ -174,7 +178,7 @@ def _translate_response(response: dict[str, Any], *, action: str, uri: str) -> P
         return RetryError(said)
     if code in _CREDENTIAL_CODES or (code == "400" and action == "look up"):
         # A HEAD has no body: expired credentials show there as a bare 400.
-        return AccessError(f"{cannot}; {_FRESH_CREDENTIALS}")
+        return CredentialsError(f"{cannot}; {_FRESH_CREDENTIALS}")
     if code == "InvalidObjectState":
         return StorageError(f"{cannot}; the object is archived: restore it first")
     if status in (401, 403):

@@ -3,6 +3,7 @@ import itertools
 import os
 import pickle
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,11 +34,13 @@ from pipeline.errors import (
     RetryError,
     SettingsError,
     StorageError,
+    UnreachableError,
 )
-from pipeline.storage import Storage, conditional, join_uri, normalise_uri, retry, s3
+from pipeline.storage import Storage, conditional, join_uri, normalise_uri, s3
 from pipeline.storage.fsspec import OtherStore
 from pipeline.storage.local import LocalStore
 
+retry = import_module("pipeline.storage.retry")  # the package gives its function that name
 WINDOW_BYTES = 8 << 20
 AWKWARD_NAMES = [
     " spaces  inside .jpg",
@@ -977,7 +981,6 @@ def test_links_are_followed_but_never_in_circles(tmp_path: Path) -> None:
     (tmp_path / "real" / "x").write_bytes(b"1")
     (tmp_path / "real" / "loop").symlink_to(tmp_path)
     (tmp_path / "folder").symlink_to(tmp_path / "real")
-    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     names = {
         str(Path(info.uri).relative_to(tmp_path)) for info in Storage().list_objects(str(tmp_path))
     }
@@ -990,8 +993,93 @@ def test_a_file_name_that_is_not_utf8_is_named(tmp_path: Path) -> None:
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")).touch()
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
-    with pytest.raises(StorageError, match=r"xff.jpg' is not UTF-8; rename it"):
+    (tmp_path / "ok.jpg").touch()
+    found, failed = Storage().survey(str(tmp_path))
+    assert [info.uri for info in found] == [str(tmp_path / "ok.jpg")]
+    assert [entry.uri for entry in failed] == [f"{tmp_path}/\\xff.jpg"]
+    with pytest.raises(StorageError, match=r"xff.jpg'.*its name is not UTF-8; rename it"):
         Storage().list_objects(str(tmp_path))
+
+
+def test_what_cannot_be_looked_at_is_named_and_everything_else_is_listed(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "x").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "circle").symlink_to("circle")
+    os.mkfifo(tmp_path / "pipe")
+    found, failed = Storage().survey(str(tmp_path))
+    names = [(info.uri.removeprefix(f"{tmp_path}/"), info.size_bytes) for info in found]
+    assert names == [("pipe", -1), ("sub/x", 0)]
+    assert [entry.uri for entry in failed] == [f"{tmp_path}/circle", f"{tmp_path}/dangling"]
+    assert "Too many levels of symbolic links" in failed[0].reason
+    assert "leads nowhere" in failed[1].reason
+    for name in ("circle", "dangling"):
+        (tmp_path / name).unlink()
+    assert Storage().survey(str(tmp_path))[1] == []
+    assert [info.uri for info in Storage().list_objects(str(tmp_path))] == [f"{tmp_path}/sub/x"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may look everywhere")
+def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    (tmp_path / "x").touch()
+    found, failed = Storage().survey(str(tmp_path))
+    assert [info.uri for info in found] == [f"{tmp_path}/x"]
+    assert [entry.uri for entry in failed] == [f"{tmp_path}/closed"]
+    assert "Permission denied" in failed[0].reason
+
+
+@pytest.mark.parametrize("change", ["shorter", "longer", "same length", "emptied"])
+def test_a_local_file_written_over_while_it_is_read_is_noticed(tmp_path: Path, change: str) -> None:
+    path, size = tmp_path / "x", 3 << 20
+    path.write_bytes(bytes(size))
+    version = Storage().stat(str(path)).version
+    with Storage().open_stream(str(path), version=version) as stream:
+        assert stream.read(1000) == bytes(1000)
+        sizes = {"shorter": 5 << 19, "longer": size + 9, "same length": size, "emptied": 0}
+        with path.open("r+b") as file:  # in place: the open file sees it
+            file.truncate(sizes[change])
+            file.write(b"x" * sizes[change])
+        os.utime(path, ns=(0, 1))  # whatever the tick of the clock
+        with pytest.raises(ObjectChangedError, match=r"has changed: version .* was expected"):
+            stream.read()
+    with Storage().open_random(str(path)) as file:
+        assert file.read() == b"x" * sizes[change]
+
+
+def test_a_local_file_that_is_replaced_while_it_is_read_stays_what_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(bytes(3 << 20))
+    with Storage().open_stream(str(path)) as stream:
+        stream.read(1000)
+        Storage().put(str(path), b"new")
+        assert stream.read() == bytes((3 << 20) - 1000)
+
+
+def test_a_disk_that_refuses_a_read_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "x").symlink_to("/proc/self/mem")  # gives EIO at its start
+    with (
+        Storage().open_stream(str(tmp_path / "x")) as stream,
+        pytest.raises(StorageError, match=r"cannot read .*x': Input/output error; check the disk"),
+    ):
+        stream.read(10)
+
+
+def test_a_shortage_of_file_descriptors_is_tried_again_and_then_the_machines_fault(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "x").write_bytes(b"1")
+    storage = Storage(StorageOptions(storage_attempts=3))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(UnreachableError, match=r"failed 3 times.*Too many open files"):
+            storage.read(str(tmp_path / "x"))
+        with pytest.raises(UnreachableError, match=r"failed 3 times.*Too many open files"):
+            storage.survey(str(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert caplog.text.count("storage retry") == 4
 
 
 def test_a_path_through_a_file_is_missing(tmp_path: Path) -> None:
