@@ -5,10 +5,14 @@ import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from s3.faulty_proxy import FaultyProxy
 from s3.servers import ACCESS_KEY, S3Server, run_moto, run_swift
+
+if TYPE_CHECKING:
+    from service.gallery import Gallery
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -90,3 +94,14 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loaded = load_weights("fbnetv3_b.ra2_in1k", "random:0")
     save_weights(loaded.state_dict, str(path))
     return path
+
+
+@pytest.fixture(scope="session")
+def gallery(tmp_path_factory: pytest.TempPathFactory) -> "Gallery":
+    """Sixty indexed pictures in six colours, with a map; read only."""
+    from service.gallery import Gallery
+
+    made = Gallery(tmp_path_factory.mktemp("gallery"))
+    made.add_shard(60)
+    made.build()
+    return made

@@ -12,7 +12,7 @@ from pipeline.images.resize import DataConfig
 from pipeline.inference.engines import Engine, EngineOptions, Network, Pixels
 
 _NUM_PROBES = 3
-_LARGEST_DEVIATION = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.03}
+LARGEST_DEVIATION = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.03}
 _SMALLEST_COSINE = {"fp32": 0.99999, "bf16": 0.99, "fp16": 0.999}
 
 
@@ -60,7 +60,7 @@ def check_deviation(deviation: Deviation, options: EngineOptions, backbone_name:
     Raises:
         SettingsError: It is further away than its precision explains.
     """
-    most, least = _LARGEST_DEVIATION[options.precision], _SMALLEST_COSINE[options.precision]
+    most, least = LARGEST_DEVIATION[options.precision], _SMALLEST_COSINE[options.precision]
     if deviation.largest <= most and deviation.cosine >= least:  # False for NaN
         return
     raise SettingsError(

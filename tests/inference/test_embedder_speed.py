@@ -23,6 +23,7 @@ from pipeline.errors import SettingsError
 from pipeline.images.crops import HostCropMaker
 from pipeline.images.decode import ImageLimits
 from pipeline.images.gpu import GpuCropMaker, find_gpu_decoder_version
+from pipeline.inference.deviation import LARGEST_DEVIATION
 from pipeline.inference.embedder import Embedder, EmbedderOptions
 from pipeline.inference.engines import Engine, Forwarded, Pixels, warm_up
 from pipeline.records import Chunk, Embedding, Record, Shard, Space
@@ -154,9 +155,7 @@ def test_an_embedder_knows_how_far_its_engine_is_from_plain_float32(embedder: Em
 def test_an_engine_that_computes_something_else_is_refused_when_it_is_built(
     space: Space, weights: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(
-        __import__("pipeline.inference.engines").engines._LARGEST_DEVIATION, "fp32", 0.0
-    )
+    monkeypatch.setitem(LARGEST_DEVIATION, "fp32", 0.0)
     with pytest.raises(SettingsError, match="engine torch in fp32 is off by"):
         Embedder(space, weights=str(weights))
 

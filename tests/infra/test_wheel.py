@@ -1,5 +1,6 @@
 """The wheel carries everything, installs, and its console scripts work without the checkout."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from infra.manifests import PROJECT, ROOT
+
+WITHOUT_PATHS = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,7 @@ def test_the_wheel_carries_code_pages_and_licence_and_nothing_else(wheel: Path) 
         str(path.relative_to(ROOT))
         for package in ("pipeline", "jobs")
         for path in (ROOT / package).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and path.suffix != ".md" and "__pycache__" not in path.parts
     }
     assert names == sources
     assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
@@ -65,7 +68,11 @@ def test_the_wheel_carries_code_pages_and_licence_and_nothing_else(wheel: Path) 
 @pytest.mark.parametrize("script", sorted(PROJECT["scripts"]))
 def test_a_console_script_shows_its_help(installed: Path, script: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [installed / "bin" / script, "--help"], cwd=tmp_path, capture_output=True, text=True
+        [installed / "bin" / script, "--help"],
+        cwd=tmp_path,
+        env=WITHOUT_PATHS,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
@@ -75,6 +82,7 @@ def test_the_package_is_imported_from_the_wheel(installed: Path, tmp_path: Path)
     done = subprocess.run(
         [installed / "bin" / "python", "-c", "import pipeline; print(pipeline.__file__)"],
         cwd=tmp_path,
+        env=WITHOUT_PATHS,
         capture_output=True,
         text=True,
         check=True,

@@ -1,4 +1,4 @@
-"""A gallery for the modules that only read it, and services over it."""
+"""Services over the gallery."""
 
 from collections.abc import Iterator
 
@@ -7,15 +7,6 @@ import pytest
 
 from service.gallery import Gallery
 from service.services import ColourEmbedder, Service, run_service
-
-
-@pytest.fixture(scope="session")
-def gallery(tmp_path_factory: pytest.TempPathFactory) -> Gallery:
-    """Sixty indexed pictures in six colours, with a map."""
-    made = Gallery(tmp_path_factory.mktemp("gallery"))
-    made.add_shard(60)
-    made.build()
-    return made
 
 
 @pytest.fixture(scope="module")

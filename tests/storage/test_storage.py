@@ -39,6 +39,7 @@ from pipeline.errors import (
 from pipeline.storage import Storage, conditional, join_uri, normalise_uri, s3
 from pipeline.storage.fsspec import OtherStore
 from pipeline.storage.local import LocalStore
+from pipeline.storage.retry import retry
 
 retry = import_module("pipeline.storage.retry")  # the package gives its function that name
 WINDOW_BYTES = 8 << 20
@@ -56,10 +57,12 @@ AWKWARD_NAMES = [
     "ünïcødé-雪.jpg",
 ]
 
+retry_module = import_module("pipeline.storage.retry")  # the package has the function by that name
+
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retry_module, "FIRST_WAIT_S", 0.01)
 
 
 @dataclass(frozen=True)
@@ -449,8 +452,8 @@ def test_swift_knows_create_only_and_refuses_if_match(s3_server: S3Server) -> No
         store.write(uri, b"2", condition=("If-None-Match", "*"))
     with pytest.raises(OSError) as refusal:
         store.write(uri, b"2", condition=("If-Match", f'"{etag}"'))
-    assert retry.status_of(conflict.value) == 412
-    assert retry.status_of(refusal.value) == 501
+    assert retry_module.status_of(conflict.value) == 412
+    assert retry_module.status_of(refusal.value) == 501
 
 
 def test_a_dead_writers_guard_is_taken_over(
@@ -1100,9 +1103,9 @@ def test_a_source_that_shrinks_while_it_is_read_is_noticed(tmp_path: Path) -> No
 
 
 def test_waits_double_are_jittered_and_bounded() -> None:
-    waits = [retry._choose_wait(attempt) for attempt in range(1, 30)]
+    waits = [retry_module._choose_wait(attempt) for attempt in range(1, 30)]
     for attempt, wait in enumerate(waits, 1):
-        longest = min(retry.LONGEST_WAIT_S, retry.FIRST_WAIT_S * 2 ** (attempt - 1))
+        longest = min(retry_module.LONGEST_WAIT_S, retry_module.FIRST_WAIT_S * 2 ** (attempt - 1))
         assert longest / 2 <= wait <= longest
 
 
@@ -1114,7 +1117,7 @@ def test_a_fault_in_our_own_code_is_not_tried_again() -> None:
         raise TypeError("a bug")
 
     with pytest.raises(TypeError, match="a bug"):
-        retry.retry(fail, action="read", uri="x", attempts=5)
+        retry(fail, action="read", uri="x", attempts=5)
     assert next(calls) == 1
 
 
@@ -1127,7 +1130,7 @@ def test_passing_faults_of_a_file_system_are_tried_again(tmp_path: Path) -> None
             raise error
         return "done"
 
-    assert retry.retry(call, action="read", uri="x", attempts=3) == "done"
+    assert retry(call, action="read", uri="x", attempts=3) == "done"
 
 
 def test_a_final_error_keeps_its_cause_and_is_never_its_own() -> None:
@@ -1137,7 +1140,7 @@ def test_a_final_error_keeps_its_cause_and_is_never_its_own() -> None:
         raise first
 
     with pytest.raises(StorageError) as raised:
-        retry.retry(fail, action="read", uri="x", attempts=2)
+        retry(fail, action="read", uri="x", attempts=2)
     assert raised.value is first
     assert first.__cause__ is None
     with pytest.raises(ObjectMissingError) as missing:

@@ -178,8 +178,8 @@ def test_adding_to_a_mapped_index_kills_the_process(tmp_path):
     program = """
 import sys, numpy as np
 from pathlib import Path
-from pipeline.index import engine
-from pipeline.index.installed import load_faiss
+from pipeline.index.faiss import codes
+from pipeline.index.faiss.package import load_faiss
 faiss = load_faiss()
 index = faiss.IndexFlatIP(64)
 index.add(np.ones((100, 64), np.float32))
@@ -258,7 +258,7 @@ def test_one_faiss_package_is_found_and_described():
 )
 def test_a_faiss_that_will_not_do_is_explained(stub, message, tmp_path):
     (tmp_path / "faiss.py").write_text(stub)
-    program = "from pipeline.index.installed import load_faiss; load_faiss()"
+    program = "from pipeline.index.faiss.package import load_faiss; load_faiss()"
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={"PYTHONPATH": f"{tmp_path}:."},
