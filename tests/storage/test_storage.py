@@ -41,7 +41,6 @@ from pipeline.storage.fsspec import OtherStore
 from pipeline.storage.local import LocalStore
 from pipeline.storage.retry import retry
 
-retry = import_module("pipeline.storage.retry")  # the package gives its function that name
 WINDOW_BYTES = 8 << 20
 AWKWARD_NAMES = [
     " spaces  inside .jpg",
