@@ -32,6 +32,10 @@ class NoShardsError(SettingsError):
     """The input holds nothing to embed; a mistyped prefix more often than an empty dataset."""
 
 
+class ShardError(SettingsError):
+    """One shard does not fit the settings or the output; it is left out, all others are done."""
+
+
 class UnknownBackboneError(SettingsError):
     """A backbone name that is not in the registry; the message names the nearest one."""
 

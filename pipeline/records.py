@@ -237,7 +237,7 @@ class Record:
         data: The encoded image; empty where reading failed.
         offset: Where the encoded image starts in ``shard``, bytes; None where no ranged read can
             give it (Parquet, compressed tar).
-        carried: Carried columns by name.
+        carried: Carried columns by name, values as ``carried.to_values`` gives them.
         status: ``"ok"`` as far as reading goes, or why there is nothing to decode.
         error: The reason when ``status`` is not ``"ok"``.
         left_behind_bytes: Length of the encoded image where only its crop travels on, and

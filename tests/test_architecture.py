@@ -49,7 +49,7 @@ DOORS = {
 # siblings, which do not import each other.
 LAYERS = (
     ("pipeline.errors", "pipeline.log"),
-    ("pipeline.records", "pipeline.cli"),
+    ("pipeline.records", "pipeline.carried", "pipeline.cli"),
     ("pipeline.config",),
     ("pipeline.storage.*",),
     ("pipeline.backbones.*", "pipeline.input.*", "pipeline.output.*"),

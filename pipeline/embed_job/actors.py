@@ -18,7 +18,7 @@ from pipeline.embed_job.metrics import ActorMetrics, LoadSample
 from pipeline.embed_job.quarantine import Quarantine
 from pipeline.embed_job.resources import Resources
 from pipeline.embed_job.wire import FailedShard, Load, Receipt, pack_receipts, unpack_loads
-from pipeline.errors import AbortError, AccessError, SettingsError, StorageError
+from pipeline.errors import AbortError, AccessError, SettingsError, ShardError, StorageError
 from pipeline.images.decode import ImageLimits
 from pipeline.images.host import Crop
 from pipeline.inference.embedder import Embedder, EmbedderOptions, make_crop_maker
@@ -198,7 +198,7 @@ def _add_times(receipts: list[Receipt], idle_s: float, load_s: float) -> list[Re
 def _describe_failed(failed: FailedShard) -> Receipt:
     """Storage may still give other shards; wrong settings or credentials concern them all."""
     error = failed.error
-    if isinstance(error, StorageError) and not isinstance(error, AccessError):
+    if isinstance(error, (StorageError, ShardError)) and not isinstance(error, AccessError):
         return Receipt(failed.shard_id, -1, True, error=str(error))
     return Receipt(failed.shard_id, -1, True, fatal=error)
 
@@ -235,6 +235,7 @@ def make_flow_settings(
             chunk_bytes=info.layout.chunk_bytes,
             max_image_bytes=limits.max_image_bytes,
             carry=info.layout.carry,
+            carried=info.carried,
             image_column=info.layout.image_column,
             key_column=info.layout.key_column,
         ),

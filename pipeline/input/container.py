@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
+
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
@@ -14,6 +16,7 @@ class ReadOptions:
         chunk_bytes: Most encoded bytes in a chunk; a larger single image is a chunk alone.
         max_image_bytes: Longer encoded images are not read into memory.
         carry: Names of the carried columns: sidecar extensions or Parquet columns.
+        carried: Types of these columns in the output; where None, as the source has them.
         image_column: Parquet column with the images; found by its type where None.
         key_column: Parquet column with the keys; the row number where None.
     """
@@ -22,6 +25,7 @@ class ReadOptions:
     chunk_bytes: int = 64 * 2**20
     max_image_bytes: int = 256 * 2**20
     carry: tuple[str, ...] = ()
+    carried: pa.Schema | None = None
     image_column: str | None = None
     key_column: str | None = None
 
@@ -34,7 +38,7 @@ class FoundImage:
         name: Its name in the container, valid Unicode; not necessarily unique.
         data: The encoded image; empty where ``status`` is not ``"ok"``.
         offset: Where it starts in the stored object, bytes, if one ranged read can fetch it.
-        carried: Carried columns that were found.
+        carried: Carried columns that were found, as ``carried.to_values`` gives values.
         status: ``"ok"`` as far as reading goes.
         error: The reason when it is not.
     """

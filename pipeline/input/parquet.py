@@ -1,6 +1,5 @@
 """Images in Parquet files: a binary column, or the ``{bytes, path}`` struct of Hugging Face."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.carried import choose_type, convert_column, to_values
 from pipeline.errors import RecordError, SettingsError, describe_excess_bytes
 from pipeline.input.container import BrokenContainerError, FoundImage, ReadOptions, is_fault_of_data
 
@@ -56,6 +56,7 @@ def read_parquet(
         BrokenContainerError: The file is damaged. All rows before the damage have been yielded.
         SettingsError: A named column is missing, no column or more than one may hold the images,
             or a column is of the wrong type.
+        UnfitValueError: The output's column cannot hold a carried value.
     """
     with _explaining_damage():
         source = _open(file)
@@ -105,7 +106,7 @@ def find_carried_fields(file: BinaryIO, carry: Sequence[str]) -> list[pa.Field]:
     with _explaining_damage():
         schema = _open(file).schema_arrow
     return [
-        pa.field(name, _carried_type(schema.field(name).type))
+        pa.field(name, choose_type(schema.field(name).type))
         if name in schema.names
         else pa.field(name, pa.string())
         for name in carry
@@ -230,7 +231,7 @@ def _read_batch(
         images = pc.struct_field(images, "bytes")
     lengths = pc.binary_length(images).to_pylist()
     keys = batch.column(columns.key).to_pylist() if columns.key else [None] * len(batch)
-    carried = {name: _to_values(batch.column(name)) for name in columns.carried}
+    carried = {name: _read_carried(batch, name, options) for name in columns.carried}
     for i, length in enumerate(lengths):
         name = _to_name(keys[i], first_row + i)
         values = {column: carried[column][i] for column in carried}
@@ -252,19 +253,7 @@ def _to_name(key: Any, row: int) -> str:
     return key.decode("utf-8", "backslashreplace") if isinstance(key, bytes) else str(key)
 
 
-def _carried_type(kind: pa.DataType) -> pa.DataType:
-    if isinstance(kind, pa.BaseExtensionType):
-        kind = kind.storage_type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return pa.string() if pa.types.is_nested(kind) else kind
-
-
-def _to_values(column: pa.Array) -> list[Any]:
-    values: list[Any] = column.to_pylist()
-    if not pa.types.is_nested(column.type):
-        return values
-    return [
-        None if value is None else json.dumps(value, ensure_ascii=False, default=str)
-        for value in values
-    ]
+def _read_carried(batch: pa.RecordBatch, name: str, options: ReadOptions) -> list[Any]:
+    column = batch.column(name)
+    kind = options.carried.field(name).type if options.carried else choose_type(column.type)
+    return to_values(convert_column(name, column, kind))

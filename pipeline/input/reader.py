@@ -13,10 +13,12 @@ from itertools import islice
 
 import pyarrow as pa
 
+from pipeline.carried import UnfitValueError
 from pipeline.errors import (
     ObjectChangedError,
     ObjectMissingError,
     RecordError,
+    ShardError,
     describe_excess_bytes,
 )
 from pipeline.input.container import BrokenContainerError, FoundImage, ReadOptions
@@ -39,6 +41,7 @@ def read_chunks(shard: Shard, *, storage: Storage, options: ReadOptions) -> Iter
     Raises:
         SettingsError: ``options`` name Parquet columns that are not there or not of a fitting
             type.
+        ShardError: The output's columns cannot hold a value that the shard carries.
         StorageError: Storage failed for good; nothing is said about the shard then.
     """
     notes: Counter[str] = Counter()
@@ -144,6 +147,12 @@ def _number_records(
         carried = dict.fromkeys(options.carry)
         reason = f"{error}; {row:,} rows come before it"
         yield Record(shard.name, row, shard.source, b"", None, carried, "bad_shard", reason)
+    except UnfitValueError as error:
+        raise ShardError(
+            f"column {error.column!r} of {shard.source} does not fit: {error.reason}; write it "
+            "there as the output has it, or give it one type in all files and use another "
+            "--output, or leave it out of --carry"
+        ) from error
 
 
 class _UniqueNames:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet as pq
 
+from pipeline.carried import to_array, to_values
 from pipeline.errors import (
     SettingsError,
 )
@@ -117,9 +118,21 @@ def _build_vectors(embeddings: Sequence[Embedding], kind: pa.DataType) -> pa.Arr
 def _build_carried(name: str, records: Sequence[Record], kind: pa.DataType) -> pa.Array:
     values = [record.carried.get(name) for record in records]
     try:
-        return pa.array(values, kind)
-    except (pa.ArrowException, TypeError) as error:
+        array = to_array(values, kind)
+        reason = _find_changed(values, to_values(array))
+    except (pa.ArrowException, TypeError, OverflowError) as error:
+        reason = str(error)
+    if reason:
         raise SettingsError(
             f"column {name!r} of {records[0].shard} does not fit the output's type {kind}: "
-            f"{error}; leave it out of --carry, or use another --output"
-        ) from error
+            f"{reason}; leave it out of --carry, or use another --output"
+        )
+    return array
+
+
+def _find_changed(values: Sequence[Any], stored: Sequence[Any]) -> str:
+    """Return what became of the first value that is not stored as it is; empty where all are."""
+    for value, kept in zip(values, stored, strict=True):
+        if value != kept and not (value != value and kept != kept):  # NaN is NaN
+            return f"{value!r} would become {kept!r}"
+    return ""
