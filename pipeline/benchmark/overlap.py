@@ -138,7 +138,7 @@ def _prepare(spec: Mapping[str, Any], folder: Path) -> tuple[EmbedActor, list[pa
     )
     storage = Storage()
     listing = list_sources(config.input, "auto", storage)
-    info = make_output(config, *describe_output(config, storage), listing, storage)
+    info = make_output(config, *describe_output(config, storage), storage)
     plan = plan_shards(listing, space_id=info.space.id, layout=info.layout, commits={}, retired={})
     resources = Resources(actors=1, cpus=spec["cores"], gpus=0.0)
     settings = make_flow_settings(config, info, resources, run_id="overlap")

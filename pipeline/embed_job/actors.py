@@ -15,6 +15,7 @@ from pipeline.config import EmbedConfig, parse_size
 from pipeline.embed_job.crop_table import CROPS_SCHEMA, pack_crops, unpack_crops
 from pipeline.embed_job.efficiency import IdleClock
 from pipeline.embed_job.metrics import ActorMetrics, LoadSample
+from pipeline.embed_job.prepare import make_read_options
 from pipeline.embed_job.quarantine import Quarantine
 from pipeline.embed_job.resources import Resources
 from pipeline.embed_job.wire import FailedShard, Load, Receipt, pack_receipts, unpack_loads
@@ -230,15 +231,7 @@ def make_flow_settings(
         info=info,
         weights=join_uri(config.output, info.weights),
         storage=Storage(config.storage),
-        read=ReadOptions(
-            chunk_images=info.layout.chunk_images,
-            chunk_bytes=info.layout.chunk_bytes,
-            max_image_bytes=limits.max_image_bytes,
-            carry=info.layout.carry,
-            carried=info.carried,
-            image_column=info.layout.image_column,
-            key_column=info.layout.key_column,
-        ),
+        read=replace(make_read_options(info), max_image_bytes=limits.max_image_bytes),
         embedder=EmbedderOptions(
             device="cuda" if on_gpu else "cpu",
             engine=config.engine,

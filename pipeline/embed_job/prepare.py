@@ -1,5 +1,6 @@
 """What an output is: the space and layout that a run's settings ask for, and its weights."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import PIL
@@ -15,10 +16,12 @@ from pipeline.backbones import (
 from pipeline.config import EmbedConfig, parse_size
 from pipeline.images.gpu import find_gpu_decoder_version
 from pipeline.images.transforms import resolve_data_config
+from pipeline.input.container import ReadOptions
+from pipeline.input.footers import find_carried_schema
 from pipeline.input.listing import Listing, make_object_shard
-from pipeline.input.reader import carried_schema
-from pipeline.output.info import OutputInfo, claim_output, read_output_info
-from pipeline.records import Layout, Space
+from pipeline.log import LOG
+from pipeline.output.info import OutputInfo, claim_output, read_output_info, write_output_info
+from pipeline.records import Layout, Shard, Space
 from pipeline.storage import Storage, join_uri
 
 _PREPROCESSING_VERSION = "1"
@@ -96,13 +99,10 @@ def make_output(
     config: EmbedConfig,
     info: OutputInfo,
     weights: LoadedWeights | None,
-    listing: Listing,
     storage: Storage,
 ) -> OutputInfo:
     """Make the output one of this space, with the weights kept there for actors and lookups."""
-    if read_output_info(config.output, storage) is None:
-        info = replace(info, carried=_find_carried_schema(info.layout, listing, storage))
-    else:
+    if read_output_info(config.output, storage) is not None:
         info = claim_output(config.output, info, storage)
     uri = join_uri(config.output, info.weights)
     if not storage.exists(uri):
@@ -111,10 +111,48 @@ def make_output(
     return claim_output(config.output, info, storage)
 
 
-def _find_carried_schema(layout: Layout, listing: Listing, storage: Storage) -> pa.Schema:
-    """Return the types of the carried columns, as the first Parquet shard has them."""
-    for source in listing.sources:
-        if layout.carry and source.kind == "parquet":
-            shard = make_object_shard(source, chunking=())
-            return carried_schema(shard, storage=storage, carry=layout.carry)
-    return pa.schema([pa.field(name, pa.string()) for name in layout.carry])
+def describe_columns(info: OutputInfo, listing: Listing, storage: Storage) -> OutputInfo:
+    """Find the types of the carried columns, where the output is yet to be made.
+
+    Raises:
+        SettingsError: A carried column is certain to be nowhere in the input.
+    """
+    if info.carried.names:
+        return info
+    objects = [source for source in listing.sources if source.kind != "image"]
+    shards = [make_object_shard(source, chunking=()) for source in objects]
+    options = make_read_options(info)
+    found = find_carried_schema(shards, storage=storage, options=options, check_names=True)
+    return replace(info, carried=found)
+
+
+def complete_output(
+    output: str, info: OutputInfo, shards: Sequence[Shard], storage: Storage
+) -> OutputInfo:
+    """Record the types of carried columns that had nulls only, where new shards tell them."""
+    unknown = [field.name for field in info.carried if pa.types.is_null(field.type)]
+    if not unknown or not shards:
+        return info
+    options = replace(make_read_options(info), carry=tuple(unknown))
+    found = find_carried_schema(shards, storage=storage, options=options)
+    types = {field.name: field.type for field in info.carried} | dict(
+        zip(found.names, found.types, strict=True)
+    )
+    completed = replace(info, carried=pa.schema(list(types.items())))
+    if completed.carried != info.carried:
+        LOG.info("columns completed=%s", ",".join(name for name in unknown))
+        write_output_info(output, completed, storage)
+    return completed
+
+
+def make_read_options(info: OutputInfo) -> ReadOptions:
+    """Return how shards are read for an output."""
+    layout = info.layout
+    return ReadOptions(
+        chunk_images=layout.chunk_images,
+        chunk_bytes=layout.chunk_bytes,
+        carry=layout.carry,
+        carried=info.carried,
+        image_column=layout.image_column,
+        key_column=layout.key_column,
+    )

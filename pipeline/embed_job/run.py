@@ -19,7 +19,12 @@ from pipeline.embed_job.lease import Lease
 from pipeline.embed_job.ledger import OpenShard
 from pipeline.embed_job.metrics import DriverMetrics
 from pipeline.embed_job.plan import Plan, count_shards, list_again, plan_shards
-from pipeline.embed_job.prepare import describe_output, make_output
+from pipeline.embed_job.prepare import (
+    complete_output,
+    describe_columns,
+    describe_output,
+    make_output,
+)
 from pipeline.embed_job.report import Counters, EmbedReport, ImageCounts, show_progress
 from pipeline.embed_job.report_page import render_report, sample_failures
 from pipeline.embed_job.resources import Resources
@@ -75,11 +80,12 @@ def embed(
     list_s = time.perf_counter() - listing_started_s
     _refuse_overlap(config.output, listing)
     info, weights = describe_output(config, storage)
+    info = describe_columns(info, listing, storage)
     if config.dry_run:
         return estimate_run(config, info, listing, storage)
     run_id = time.strftime("%Y%m%d-%H%M%S", time.gmtime(started_s)) + f"-{uuid.uuid4().hex[:6]}"
     with Lease(config.output, run_id, storage=storage) as lease:
-        claimed = make_output(config, info, weights, listing, storage)
+        claimed = make_output(config, info, weights, storage)
         run = _Run(config, run_id, started_s, claimed, lease)
         return run.execute(listing, list_s=list_s, stand_in=stand_in)
 
@@ -130,6 +136,7 @@ class _Run:
         self._stand_in = stand_in
         self._counters.seconds["list"] = list_s
         plan, commits = self._plan(listing)
+        self._info = complete_output(self._config.output, self._info, plan.embed, self._storage)
         self._apply_changes(plan)
         if plan.embed:
             try:

@@ -94,23 +94,17 @@ def read_parquet_row(file: BinaryIO, row: int, *, uri: str, options: ReadOptions
     raise BrokenContainerError(f"row {row} is missing in its row group {group}")
 
 
-def find_carried_fields(file: BinaryIO, carry: Sequence[str]) -> list[pa.Field]:
-    """Return the Arrow fields that carried columns of a file have in the output.
-
-    Scalars keep their types; lists and structs become JSON text; columns that the file does not
-    have are strings, all null.
+def read_schema(file: BinaryIO, *, uri: str, options: ReadOptions) -> pa.Schema:
+    """Return the columns of a file; reads its footer.
 
     Raises:
         BrokenContainerError: The file is damaged.
+        SettingsError: As for ``read_parquet``.
     """
     with _explaining_damage():
         schema = _open(file).schema_arrow
-    return [
-        pa.field(name, choose_type(schema.field(name).type))
-        if name in schema.names
-        else pa.field(name, pa.string())
-        for name in carry
-    ]
+    _choose_columns(schema, uri, options)
+    return schema
 
 
 @contextmanager

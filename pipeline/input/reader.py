@@ -6,12 +6,10 @@ keeps what was read before and closes with one record of status ``bad_shard``.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import islice
-
-import pyarrow as pa
 
 from pipeline.carried import UnfitValueError
 from pipeline.errors import (
@@ -22,7 +20,7 @@ from pipeline.errors import (
     describe_excess_bytes,
 )
 from pipeline.input.container import BrokenContainerError, FoundImage, ReadOptions
-from pipeline.input.parquet import find_carried_fields, read_parquet, read_parquet_row
+from pipeline.input.parquet import read_parquet, read_parquet_row
 from pipeline.input.tar import read_tar
 from pipeline.records import Chunk, Member, Record, Shard, ShardKind
 from pipeline.storage import Storage
@@ -47,21 +45,6 @@ def read_chunks(shard: Shard, *, storage: Storage, options: ReadOptions) -> Iter
     notes: Counter[str] = Counter()
     records = _number_records(shard, storage, options, notes)
     return _cut_chunks(shard.id, records, options, notes)
-
-
-def carried_schema(shard: Shard, *, storage: Storage, carry: Sequence[str]) -> pa.Schema:
-    """Return the Arrow types that carried columns of a shard have in the output.
-
-    Text for tar archives and loose images; of a Parquet file only the footer is read.
-
-    Raises:
-        StorageError: Storage failed, or the shard is gone.
-    """
-    fields = [pa.field(name, pa.string()) for name in carry]
-    if shard.kind == "parquet" and carry:
-        with storage.open_random(shard.source) as file, suppress(BrokenContainerError):
-            fields = find_carried_fields(file, carry)
-    return pa.schema(fields)
 
 
 def read_record_bytes(

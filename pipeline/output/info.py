@@ -19,7 +19,8 @@ class OutputInfo:
     Attributes:
         space: The space of all its vectors.
         layout: Its rows and columns.
-        carried: Arrow types of the carried columns, in the order of ``layout.carry``.
+        carried: Arrow types of the carried columns, in the order of ``layout.carry``; ``null``
+            for one that has held nothing but nulls so far, until a shard tells its type.
         weights: Path of the weights under the output; actors and lookups load them from there.
         weights_source: What was asked for when the output was made, e.g. ``"pretrained"``.
         weights_revision: Commit of the weights on the hub; None for other sources.
@@ -85,6 +86,11 @@ def read_output_info(output: str, storage: Storage) -> OutputInfo | None:
         ) from error
 
 
+def write_output_info(output: str, info: OutputInfo, storage: Storage) -> None:
+    """Write ``space.json``; only the run that holds the output's lease may."""
+    storage.put(join_uri(output, "space.json"), info.to_json())
+
+
 def read_space(output: str, storage: Storage) -> Space:
     """Return the space of an existing output.
 
@@ -110,7 +116,7 @@ def claim_output(output: str, info: OutputInfo, storage: Storage) -> OutputInfo:
     """
     found = read_output_info(output, storage)
     if found is None:
-        storage.put(join_uri(output, "space.json"), info.to_json())
+        write_output_info(output, info, storage)
         return info
     wanted, recorded = _list_fields(info), _list_fields(found)
     differing = [name for name in wanted if wanted[name] != recorded.get(name)]

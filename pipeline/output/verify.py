@@ -113,7 +113,7 @@ def _check_table(
     table: pa.Table, info: OutputInfo, commit: Commit, part: PartInfo
 ) -> Iterator[str]:
     metadata = table.schema.metadata or {}
-    if not table.schema.equals(info.schema, check_metadata=False):
+    if not _complete(table.schema, info.schema).equals(info.schema, check_metadata=False):
         yield "has another schema than space.json describes"
         return
     if metadata.get(b"space_id", b"").decode() != commit.space_id:
@@ -127,3 +127,13 @@ def _check_table(
     valid = pc.is_valid(table.column("embedding"))
     if not valid.equals(pc.equal(table.column("status"), "ok")):
         yield "has embeddings that do not go with their status"
+
+
+def _complete(schema: pa.Schema, wanted: pa.Schema) -> pa.Schema:
+    """Return the schema with the types that its columns of nothing but nulls got later."""
+    return pa.schema(
+        wanted.field(item.name)
+        if pa.types.is_null(item.type) and item.name in wanted.names
+        else item
+        for item in schema
+    )

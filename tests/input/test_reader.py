@@ -22,8 +22,15 @@ from pictures import (
 from s3.servers import S3Server
 
 from pipeline.config import StorageOptions
-from pipeline.errors import ObjectMissingError, RecordError, SettingsError, StorageError
-from pipeline.input.reader import ReadOptions, carried_schema, read_chunks, read_record_bytes
+from pipeline.errors import (
+    ObjectMissingError,
+    RecordError,
+    SettingsError,
+    ShardError,
+    StorageError,
+)
+from pipeline.input.footers import find_carried_schema
+from pipeline.input.reader import ReadOptions, read_chunks, read_record_bytes
 from pipeline.records import Chunk, Record, Shard
 from pipeline.storage import Storage
 
@@ -381,11 +388,11 @@ def test_carried_columns_keep_scalar_types_and_nested_ones_become_json(tmp_path:
     }
     shard = make_shard(write_parquet(tmp_path / "a.parquet", IMAGES[:2], struct=True, **columns))
     carry = (*columns, "absent")
-    records, notes = read_all(shard, carry=carry)
-    schema = carried_schema(shard, storage=STORAGE, carry=carry)
-    table = pa.Table.from_pylist([dict(record.carried) for record in records], schema=schema)
-    kinds = [pa.string(), pa.float32(), pa.string(), pa.date32(), *[pa.string()] * 3]
+    schema = find_carried_schema([shard], storage=STORAGE, options=ReadOptions(carry=carry))
+    kinds = [pa.string(), pa.float32(), pa.string(), pa.date32(), *[pa.string()] * 2, pa.null()]
     assert schema.types == kinds
+    records, notes = read_all(shard, carry=carry, carried=schema)
+    table = pa.Table.from_pylist([dict(record.carried) for record in records], schema=schema)
     assert table.column("caption").to_pylist() == ["a", None]
     assert table.column("label").to_pylist() == ["cat", "dog"]
     assert table.column("boxes").to_pylist() == ["[1, 2]", None]
@@ -394,10 +401,15 @@ def test_carried_columns_keep_scalar_types_and_nested_ones_become_json(tmp_path:
     assert notes == {"missing_columns": 1}
 
 
-def test_carried_columns_of_archives_and_loose_images_are_text(tmp_path: Path) -> None:
-    shard = make_shard(write_tar(tmp_path / "a.tar", MEMBERS))
-    schema = carried_schema(shard, storage=STORAGE, carry=("txt", "json"))
-    assert schema == pa.schema([("txt", pa.string()), ("json", pa.string())])
+def test_a_value_that_the_output_cannot_hold_fails_its_shard_by_name(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", IMAGES[:2], score=pa.array([1.0, 0.97]))
+    schema = pa.schema([("score", pa.int64())])
+    words = r"column 'score' of .*a\.parquet does not fit: .*0\.97.*int64.*leave it out of --carry"
+    with pytest.raises(ShardError, match=words):
+        read_all(make_shard(path), carry=("score",), carried=schema)
+    path = write_parquet(tmp_path / "a.parquet", IMAGES[:2], score=pa.array([1.0, 97.0]))
+    records, _ = read_all(make_shard(path), carry=("score",), carried=schema)
+    assert [record.carried["score"] for record in records] == [1, 97]
 
 
 @pytest.mark.parametrize(
