@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import CorruptionError, QueryError
 from pipeline.index.files import FileStore
 from pipeline.index.manifest import SegmentInfo
+from pipeline.index.search.values import read_scalar
 
 MAPPED_KEYS_ROWS = 200_000
 """Longer key tables are mapped from the cache directory rather than held in memory."""
@@ -55,7 +56,7 @@ class Keys:
     def read_row(self, row: int) -> dict[str, Any]:
         """Return all columns of a row."""
         # For the few rows that a search finds, half the time of taking a table.
-        return {name: column[row].as_py() for name, column in self._columns.items()}
+        return {name: read_scalar(column[row]) for name, column in self._columns.items()}
 
     def read_key(self, row: int) -> str:
         """Return the key of a row."""

@@ -9,35 +9,44 @@ The text form says the same for people::
 
     cls = dress and width >= 400
     cls in (hat, shoes) or not height < 100
+    title = "it""s 5 o'clock" and taken >= 2024-05-31
 
-Operators: ``$eq = · $ne != · $lt < · $lte <= · $gt > · $gte >= · $in in (…) · $contains ~ ·
-$prefix ^= · $exists``, in text ``is null`` and ``is not null``. As in SQL, a missing value
-fulfils no comparison. Nothing is ever evaluated as code, and size and depth are bounded.
+Operators: ``$eq = · $ne != · $lt < · $lte <= · $gt > · $gte >= · $in in (…) · $nin not in (…) ·
+$contains ~ · $prefix ^= · $exists``, in text ``is null`` and ``is not null``. Nothing is ever
+evaluated as code, and size and depth are bounded.
+
+Conditions are SQL's, with three truth values: a comparison with a missing value is neither true nor
+false, nor is its negation, and only what is true is found. NaN equals itself and comes after all
+other numbers; -0.0 equals 0. Comparisons are exact whatever the column's type: no int8 equals 300
+or 2.5, and all of them are less than 300. Times are ISO 8601; where a column has a time zone, a
+time without one is read in the column's. ``$contains`` does not mind upper and lower case.
 """
 
 import difflib
+import math
+import pickle
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import QueryError
+from pipeline.index.search.values import (
+    Literal,
+    find_compared_type,
+    is_comparable,
+    is_text,
+    read_literal,
+)
 
 MAX_DEPTH = 8
 MAX_CONDITIONS = 64
 MAX_VALUES = 1000
 MAX_TEXT = 2000
 
-_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
-    "$eq": lambda column, value: column == value,
-    "$ne": lambda column, value: column != value,
-    "$lt": lambda column, value: column < value,
-    "$lte": lambda column, value: column <= value,
-    "$gt": lambda column, value: column > value,
-    "$gte": lambda column, value: column >= value,
-}
+_OPPOSITES = {"$ne": "$eq", "$lt": "$gte", "$lte": "$gt", "$nin": "$in"}
 _TEXT_OPERATORS = {
     "=": "$eq",
     "!=": "$ne",
@@ -48,21 +57,38 @@ _TEXT_OPERATORS = {
     "~": "$contains",
     "^=": "$prefix",
 }
-OPERATORS = (*_COMPARE, "$in", "$nin", "$contains", "$prefix", "$exists")
+OPERATORS = (*_TEXT_OPERATORS.values(), "$in", "$nin", "$exists")
+
+Where: TypeAlias = Mapping[str, Any] | str | pc.Expression
+"""A filter: its JSON form, its text form, or compiled."""
 
 
-def compile_where(where: Mapping[str, Any] | str, schema: pa.Schema) -> pc.Expression:
+def compile_where(where: Where, schema: pa.Schema) -> pc.Expression:
     """Return the Arrow expression of a filter.
 
     Args:
-        where: The JSON form, or the text form.
+        where: The JSON form, the text form, or an Arrow expression, which is returned as it is.
         schema: The columns that may be named, with their types.
 
     Raises:
         QueryError: Naming the condition that is wrong and what would be right.
     """
+    if isinstance(where, pc.Expression):
+        return where
     tree = parse_where(where) if isinstance(where, str) else where
     return _Compiler(schema).compile(tree, 0)
+
+
+def serialise_where(where: pc.Expression) -> bytes:
+    """Return bytes that only equal filters have in common, to know a filter by.
+
+    They hold the whole expression with the types of its values. Its text does not: ``str`` leaves
+    out the middle of a long list, and prints 1, 1.0 and True alike.
+
+    Raises:
+        pa.ArrowNotImplementedError: Arrow cannot write it down; it names a column by its number.
+    """
+    return pickle.dumps(where, protocol=5)
 
 
 def _shorten(value: object, limit: int = 60) -> str:
@@ -72,21 +98,14 @@ def _shorten(value: object, limit: int = 60) -> str:
 
 def is_filterable(kind: pa.DataType) -> bool:
     """Tell whether conditions on a column of this type are possible."""
-    return bool(
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or pa.types.is_integer(kind)
-        or pa.types.is_floating(kind)
-        or pa.types.is_boolean(kind)
-        or pa.types.is_temporal(kind)
-    )
+    return is_comparable(kind)
 
 
 class _Compiler:
     """Walks one filter; counts its conditions on the way."""
 
     def __init__(self, schema: pa.Schema) -> None:
-        self._schema = schema
+        self._kinds = {field.name: field.type for field in schema if is_filterable(field.type)}
         self._conditions = 0
 
     def compile(self, node: object, depth: int) -> pc.Expression:
@@ -109,41 +128,109 @@ class _Compiler:
         return self._compile_column(key, value)
 
     def _compile_column(self, name: str, value: object) -> pc.Expression:
-        kind = self._find_column(name)
+        column = self._find_column(name)
         conditions = value if isinstance(value, Mapping) else {"$eq": value}
         if not conditions:
             raise QueryError(f"the condition on {name!r} is empty")
-        parts = [self._compile_condition(name, kind, op, v) for op, v in conditions.items()]
-        return _join(parts, "and")
-
-    def _find_column(self, name: str) -> pa.DataType:
-        names = [field.name for field in self._schema if is_filterable(field.type)]
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names)}"
-            raise QueryError(f"no column {_shorten(name)} to filter by; {hint}")
-        return self._schema.field(name).type
-
-    def _compile_condition(
-        self, name: str, kind: pa.DataType, operator: str, value: object
-    ) -> pc.Expression:
-        self._conditions += 1
+        self._conditions += len(conditions)
         if self._conditions > MAX_CONDITIONS:
             raise QueryError(f"the filter has more than {MAX_CONDITIONS} conditions")
-        column = pc.field(name)
-        if operator in _COMPARE:
-            return _COMPARE[operator](column, _convert(value, kind, name))
-        if operator in ("$in", "$nin"):
-            inside = column.isin(_convert_list(value, kind, name))
-            return inside if operator == "$in" else ~inside & column.is_valid()
+        return _join([column.compile(op, v) for op, v in conditions.items()], "and")
+
+    def _find_column(self, name: str) -> "_Column":
+        if name not in self._kinds:
+            near = difflib.get_close_matches(name, self._kinds, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(self._kinds)}"
+            raise QueryError(f"no column {_shorten(name)} to filter by; {hint}")
+        return _Column(name, self._kinds[name])
+
+
+class _Column:
+    """Makes the conditions on one column: null where a value is missing, else true or false."""
+
+    def __init__(self, name: str, kind: pa.DataType) -> None:
+        self._name, self._kind = name, kind
+        self._compared = find_compared_type(kind)
+        self._is_float = pa.types.is_floating(kind)
+        stored = pc.field(name)
+        self._values = stored if self._compared == kind else stored.cast(self._compared)
+
+    def compile(self, operator: object, value: object) -> pc.Expression:
+        if operator in _OPPOSITES:
+            return ~self.compile(_OPPOSITES[operator], value)
+        if operator == "$eq":
+            return self._equal([self._read(value)])
+        if operator == "$in":
+            return self._equal(self._read_list(value))
+        if operator in ("$gt", "$gte"):
+            return self._exceed(self._read(value), inclusive=operator == "$gte")
         if operator == "$exists" and isinstance(value, bool):
-            return column.is_valid() if value else ~column.is_valid()
+            return self._values.is_valid() if value else ~self._values.is_valid()
         if operator in ("$contains", "$prefix"):
-            return _match_text(operator, name, kind, value)
+            return self._match_text(str(operator), value)
         raise QueryError(_explain_operator(operator, value))
 
+    def _equal(self, literals: Sequence[Literal]) -> pc.Expression:
+        """Return whether a row holds one of these values."""
+        values = [item.floor for item in literals if item.exact and item.floor is not None]
+        if len(values) == 1 and not _is_nan(values[0]):
+            return self._values == values[0]
+        if self._is_float and any(value.as_py() == 0 for value in values):
+            values += [pa.scalar(zero, self._compared) for zero in (0.0, -0.0)]  # differing bits
+        found = self._values.isin(pa.array(values, self._compared))
+        if any(map(_is_nan, values)):
+            found |= pc.is_nan(self._values)  # NaN has many
+        return pc.if_else(self._values.is_valid(), found, pa.scalar(None, pa.bool_()))
 
-def _explain_operator(operator: str, value: object) -> str:
+    def _exceed(self, literal: Literal, *, inclusive: bool) -> pc.Expression:
+        """Return whether a row holds more than a value, or if ``inclusive`` as much."""
+        floor = literal.floor
+        if floor is None:
+            return self._answer(True)
+        if _is_nan(floor):
+            return pc.is_nan(self._values) if inclusive else self._answer(False)
+        at_least = inclusive and literal.exact
+        found = self._values >= floor if at_least else self._values > floor
+        return found | pc.is_nan(self._values) if self._is_float else found
+
+    def _answer(self, answer: bool) -> pc.Expression:
+        return pc.if_else(self._values.is_valid(), answer, pa.scalar(None, pa.bool_()))
+
+    def _read(self, value: object) -> Literal:
+        if value is None:
+            name = _quote(self._name)
+            raise QueryError(
+                f"column {self._name!r} cannot be compared with null; ask for missing values with "
+                f"{name} is null, or with $exists"
+            )
+        try:
+            return read_literal(value, self._kind)
+        except ValueError as error:
+            raise QueryError(
+                f"column {self._name!r} holds {self._kind}, which {_shorten(value)} is not: {error}"
+            ) from error
+
+    def _read_list(self, values: object) -> list[Literal]:
+        if isinstance(values, (list, tuple, set, frozenset)) and 1 <= len(values) <= MAX_VALUES:
+            return [self._read(value) for value in values]
+        raise QueryError(f"$in and $nin take a list of 1 to {MAX_VALUES} values")
+
+    def _match_text(self, operator: str, value: object) -> pc.Expression:
+        if not is_text(self._kind):
+            raise QueryError(f"{operator} needs a text column; {self._name!r} holds {self._kind}")
+        if not isinstance(value, str) or not value:
+            raise QueryError(f"{operator} takes some text, not {_shorten(value)}")
+        self._read(value)
+        if operator == "$prefix":
+            return pc.starts_with(self._values, pattern=value)
+        return pc.match_substring(self._values, pattern=value, ignore_case=True)
+
+
+def _is_nan(value: pa.Scalar) -> bool:
+    return bool(pa.types.is_floating(value.type) and math.isnan(value.as_py()))
+
+
+def _explain_operator(operator: object, value: object) -> str:
     if operator == "$exists":
         return f"$exists takes true or false, not {_shorten(value)}"
     return f"{_shorten(operator)} is no operator; there are: {', '.join(OPERATORS)}"
@@ -156,47 +243,20 @@ def _join(parts: list[pc.Expression], word: str) -> pc.Expression:
     return joined
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _convert(value: object, kind: pa.DataType, name: str) -> pa.Scalar:
-    # Text reads as any type, so that the text form needs to know no types; nothing else converts.
-    fits = isinstance(value, str)
-    if pa.types.is_boolean(kind):
-        fits = fits or isinstance(value, bool)
-    elif not _is_text(kind):
-        fits = fits or (isinstance(value, (int, float)) and not isinstance(value, bool))
-    if not fits:
-        raise QueryError(f"column {name!r} holds {kind}, which {_shorten(value)} is not")
-    try:
-        return pa.scalar(value).cast(kind)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OverflowError) as error:
-        raise QueryError(f"column {name!r} holds {kind}, which {_shorten(value)} is not") from error
-
-
-def _convert_list(value: object, kind: pa.DataType, name: str) -> pa.Array:
-    if not isinstance(value, list) or not 1 <= len(value) <= MAX_VALUES:
-        raise QueryError(f"$in and $nin take a list of 1 to {MAX_VALUES} values")
-    return pa.array([_convert(v, kind, name).as_py() for v in value], type=kind)
-
-
-def _match_text(operator: str, name: str, kind: pa.DataType, value: object) -> pc.Expression:
-    if not _is_text(kind):
-        raise QueryError(f"{operator} needs a text column; {name!r} holds {kind}")
-    if not isinstance(value, str) or not value:
-        raise QueryError(f"{operator} takes some text, not {_shorten(value)}")
-    if operator == "$prefix":
-        return pc.starts_with(pc.field(name), pattern=value)
-    return pc.match_substring(pc.field(name), pattern=value, ignore_case=True)
-
-
 _TOKEN = re.compile(
     r"""\s*(?:(?P<mark>\(|\)|,|<=|>=|!=|\^=|=|<|>|~)
-        |"(?P<double>[^"]*)"|'(?P<single>[^']*)'
+        |"(?P<double>(?:[^"]|"")*)"|'(?P<single>(?:[^']|'')*)'
         |(?P<word>[^\s(),<>=!~^"']+))""",
     re.VERBOSE,
 )
+
+
+_QUOTES = {"double": '"', "single": "'"}
+
+
+def _quote(text: str) -> str:
+    """Return how the text form writes a name or a value that may look like anything."""
+    return '"' + text.replace('"', '""') + '"'
 
 
 def parse_where(text: str) -> dict[str, Any]:
@@ -212,8 +272,13 @@ def parse_where(text: str) -> dict[str, Any]:
     while position < len(stripped):
         match = _TOKEN.match(stripped, position)
         if match is None:
-            raise QueryError(f"cannot read the filter from {_shorten(stripped[position:], 30)}")
-        tokens.append((str(match.lastgroup), match[str(match.lastgroup)]))
+            raise QueryError(
+                f"cannot read the filter from {_shorten(stripped[position:], 30)}; put text with "
+                "spaces or marks into quotes, and write a quote inside them twice"
+            )
+        kind = str(match.lastgroup)
+        quote = _QUOTES.get(kind, "")
+        tokens.append((kind, match[kind].replace(2 * quote, quote)))
         position = match.end()
     return _Parser(tokens).parse()
 
@@ -267,7 +332,7 @@ class _Parser:
         return self._parse_condition()
 
     def _parse_condition(self) -> dict[str, Any]:
-        column = self._take_value("a column")
+        column = self._take_text("a column")
         if self._accept("is", "null"):
             return {column: {"$exists": False}}
         if self._accept("is", "not", "null"):
@@ -282,19 +347,22 @@ class _Parser:
             known = ", ".join(_TEXT_OPERATORS)
             raise QueryError(f"expected one of {known} after {column!r}, found {self._peek()!r}")
         self._next += 1
-        return {column: {operator: self._take_value("a value")}}
+        return {column: {operator: self._take_literal()}}
 
-    def _parse_list(self) -> list[str]:
+    def _parse_list(self) -> list[str | None]:
         if not self._accept("(", kind="mark"):
             raise QueryError(f"expected a parenthesis after in, found {self._peek()!r}")
-        values = [self._take_value("a value")]
+        values = [self._take_literal()]
         while self._accept(",", kind="mark"):
-            values.append(self._take_value("a value"))
+            values.append(self._take_literal())
         if not self._accept(")", kind="mark"):
             raise QueryError(f"expected a closing parenthesis, found {self._peek()!r}")
         return values
 
-    def _take_value(self, what: str) -> str:
+    def _take_literal(self) -> str | None:
+        return None if self._accept("null") else self._take_text("a value")
+
+    def _take_text(self, what: str) -> str:
         if self._next >= len(self._tokens) or self._tokens[self._next][0] == "mark":
             raise QueryError(f"expected {what}, found {self._peek()!r}")
         self._next += 1
