@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from pipeline.index.search.generation import Snapshot
 from pipeline.index.search.search_index import Neighbour
+from pipeline.index.search.where import serialise_where
 from pipeline.service.metrics import Metrics
 from pipeline.service.problems import overloaded
 
@@ -122,7 +123,7 @@ class Search:
         snapshot: Where to search.
         vector: float32, shape (dim,).
         k: Neighbours wanted.
-        where: Only rows that fulfil it.
+        where: Only rows that fulfil it; compiled.
         exact: Compare with every vector.
     """
 
@@ -136,7 +137,8 @@ class Search:
     def group(self) -> tuple[object, ...]:
         """What searches have in common that run as one."""
         # The size of k takes part, so that one huge answer does not slow all others down.
-        return id(self.snapshot), str(self.where), self.exact, (self.k - 1).bit_length()
+        where = None if self.where is None else serialise_where(self.where)
+        return self.snapshot, where, self.exact, (self.k - 1).bit_length()
 
 
 def run_searches(searches: Sequence[Search], metrics: Metrics) -> list[list[Neighbour] | Exception]:

@@ -8,7 +8,6 @@ from itertools import islice
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from pipeline.errors import (
@@ -25,6 +24,7 @@ from pipeline.index.map import read_map
 from pipeline.index.search.keys import choose_similar
 from pipeline.index.search.neighbour import IndexInfo, Neighbour, check_vectors, make_neighbour
 from pipeline.index.search.segment import Mask, Request, Segment, open_codec
+from pipeline.index.search.where import Where, compile_where, serialise_where
 from pipeline.index.vectors import read_bits
 
 MAX_CANDIDATES = 32
@@ -182,14 +182,14 @@ class Snapshot:
         self.info = describe_generation(uri, opened)
         self.opened = opened
         self._threads = threads
-        self._masks: dict[str, list[Mask | None]] = {}
+        self._masks: dict[bytes, list[Mask | None]] = {}
         self._lock = threading.Lock()
 
     def search(
         self,
         vectors: npt.ArrayLike,
         k: int = 10,
-        where: pc.Expression | None = None,
+        where: Where | None = None,
         *,
         exact: bool = False,
         params: SearchParams | None = None,
@@ -199,7 +199,9 @@ class Snapshot:
         Args:
             vectors: (n, dim) or one vector (dim,), of any positive length: cosine is what counts.
             k: Neighbours per vector, 1 to 10,000; where there are fewer rows, fewer come back.
-            where: Only rows that fulfil it, e.g. ``pc.field("cls") == "dress"``.
+            where: Only rows that fulfil it: ``"cls = dress and width >= 400"``,
+                ``{"cls": "dress"}``, or an Arrow expression, ``pc.field("cls") == "dress"``, whose
+                comparisons are Arrow's own.
             exact: Compare with every vector instead of looking them up.
             params: How far to look; as tuned where None.
 
@@ -218,9 +220,7 @@ class Snapshot:
             found = self.opened.search(queries, k, params=params, masks=masks)
         return self._describe_rows(*found)
 
-    def neighbours_of(
-        self, key: str, k: int = 10, where: pc.Expression | None = None
-    ) -> list[Neighbour]:
+    def neighbours_of(self, key: str, k: int = 10, where: Where | None = None) -> list[Neighbour]:
         """Return the nearest rows of an image of the index, itself left out.
 
         Raises:
@@ -263,16 +263,20 @@ class Snapshot:
             raise UnknownKeyError(f"no image with the key {key!r} in {self.info.uri!r}{hint}")
         return found
 
-    def _find_masks(self, where: pc.Expression) -> list[Mask | None]:
-        text = str(where)
+    def _find_masks(self, where: Where) -> list[Mask | None]:
+        compiled = compile_where(where, self.info.columns)
+        try:
+            key = serialise_where(compiled)
+        except pa.ArrowNotImplementedError:
+            return self.opened.make_masks(compiled)
         with self._lock:
-            masks = self._masks.get(text)
+            masks = self._masks.get(key)
         if masks is None:
-            masks = self.opened.make_masks(where)
+            masks = self.opened.make_masks(compiled)
             with self._lock:
                 while len(self._masks) >= KEPT_MASKS:
                     del self._masks[next(iter(self._masks))]
-                self._masks[text] = masks
+                self._masks[key] = masks
         return masks
 
     def _describe_rows(self, scores: Floats, numbers: Rows, rows: Rows) -> list[list[Neighbour]]:

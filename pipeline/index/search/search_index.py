@@ -4,7 +4,6 @@ import threading
 from pathlib import Path
 
 import numpy.typing as npt
-import pyarrow.compute as pc
 
 from pipeline.errors import CorruptionError, ObjectMissingError, SpaceMismatchError
 from pipeline.index.faiss.codes import Floats
@@ -19,6 +18,7 @@ from pipeline.index.pointer import (
 )
 from pipeline.index.search.generation import Generation, Snapshot
 from pipeline.index.search.neighbour import IndexInfo, Neighbour
+from pipeline.index.search.where import Where
 from pipeline.records import Space
 from pipeline.storage import Storage, join_uri, normalise_uri
 
@@ -82,7 +82,7 @@ class SearchIndex:
         self,
         vectors: npt.ArrayLike,
         k: int = 10,
-        where: pc.Expression | None = None,
+        where: Where | None = None,
         *,
         exact: bool = False,
         params: SearchParams | None = None,
@@ -90,9 +90,7 @@ class SearchIndex:
         """Return the nearest rows of each vector, best first; see ``Snapshot.search``."""
         return self._snapshot.search(vectors, k, where, exact=exact, params=params)
 
-    def neighbours_of(
-        self, key: str, k: int = 10, where: pc.Expression | None = None
-    ) -> list[Neighbour]:
+    def neighbours_of(self, key: str, k: int = 10, where: Where | None = None) -> list[Neighbour]:
         """Return the nearest rows of an image of the index, itself left out.
 
         Raises:

@@ -74,6 +74,28 @@ def test_a_filter_keeps_what_fulfils_it_and_finds_the_nearest_of_those(built: Bu
     assert len(set(keys_of(found)) & set(expected)) >= 9
 
 
+def test_long_lists_that_differ_in_the_middle_find_their_own_rows(built_flat: Built):
+    index = SearchIndex.open(built_flat.index)
+    keys = sorted(built_flat.corpus.vectors)
+    for other in keys[30:33]:
+        wanted = [*keys[:15], other, *keys[15:29]]
+        for where in (pc.field("key").isin(wanted), {"key": {"$in": wanted}}):
+            assert sorted(keys_of(index.search(np.ones(64), 50, where)[0])) == sorted(wanted)
+
+
+@pytest.mark.parametrize(
+    "where", ["cls = 'class 3'", {"cls": "class 3"}, pc.field("cls") == "class 3", pc.field(6) > 0]
+)
+def test_a_filter_may_be_text_a_mapping_or_an_expression(built_flat: Built, where):
+    index = SearchIndex.open(built_flat.index)
+    assert index.info.columns.names[6] == "nbytes"
+    key = next(iter(built_flat.corpus.vectors))
+    by_key, by_vector = index.neighbours_of(key, 5, where), index.search(np.ones(64), 5, where)[0]
+    assert len(by_key) == len(by_vector) == 5
+    if isinstance(where, str):
+        assert {hit.columns["cls"] for hit in (*by_key, *by_vector)} == {"class 3"}
+
+
 def test_a_filter_that_few_rows_fulfil_is_answered_exactly(built: Built):
     index = SearchIndex.open(built.index)
     key = "shard-000.tar/000123.jpg"
