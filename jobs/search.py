@@ -5,15 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
 from pipeline.cli import Report, run_job
 from pipeline.config import SearchConfig
 from pipeline.index.search.command import find_neighbours, render_report
-from pipeline.index.search.search_index import SearchIndex
-from pipeline.index.search.where import compile_where
 from pipeline.storage import Storage
 
 HIDDEN_COLUMNS = {"key", "score", "shard", "row", "offset", "nbytes", "sha256", "norm"}
@@ -43,19 +40,11 @@ def ask(config: SearchConfig) -> Report:
         from pipeline.service.remote import ask_service  # needs the serve extra
 
         return ask_service(config)
-    report = find_neighbours(config, read_filter(config))
+    report = find_neighbours(config)
     if config.html:
         page = render_report(report, Storage(config.storage))
         Path(config.html).write_text(page, encoding="utf-8")
     return report
-
-
-def read_filter(config: SearchConfig) -> pc.Expression | None:
-    """Return ``--where`` as an Arrow expression, or None."""
-    if config.where is None:
-        return None
-    index = SearchIndex.open(config.index, Storage(config.storage), cache_dir=config.cache_dir)
-    return compile_where(config.where, index.info.columns)
 
 
 def print_table(name: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from pipeline.index.search.generation import Snapshot
 from pipeline.index.search.search_index import IndexInfo, Neighbour
+from pipeline.index.search.values import to_json
 from pipeline.records import Classes
 from pipeline.service.schema import ClassScore, Part, Result, encode_vector
 
@@ -37,7 +38,7 @@ def show_columns(hit: Neighbour) -> dict[str, Any]:
     """Return the metadata that an answer shows of a row."""
     hidden = HIDDEN_COLUMNS | {"key"}
     return {
-        name: value
+        name: to_json(value)
         for name, value in hit.columns.items()
         if name not in hidden and not isinstance(value, bytes)
     }

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 
 from pipeline.config import SearchConfig
 from pipeline.errors import PipelineError, QueryError
@@ -19,6 +18,7 @@ from pipeline.images.decode import ImageLimits
 from pipeline.images.thumbnails import make_thumbnail
 from pipeline.index.faiss.codes import Floats
 from pipeline.index.search.search_index import IndexInfo, Neighbour, SearchIndex
+from pipeline.index.search.values import to_json
 from pipeline.input.reader import read_record_bytes
 from pipeline.records import describe_job
 from pipeline.storage import Storage
@@ -165,25 +165,15 @@ class Answer:
 
 
 def _to_dict(neighbour: Neighbour) -> dict[str, Any]:
-    values = {name: _to_json(value) for name, value in neighbour.columns.items()}
+    values = {name: to_json(value) for name, value in neighbour.columns.items()}
     return {"key": neighbour.key, "score": round(neighbour.score, 6)} | values
 
 
-def _to_json(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.hex()
-    return value if isinstance(value, (str, int, float, list, type(None))) else str(value)
-
-
-def find_neighbours(config: SearchConfig, where: pc.Expression | None = None) -> SearchReport:
+def find_neighbours(config: SearchConfig) -> SearchReport:
     """Search as ``config`` says; what ``jobs/search.py`` calls.
 
-    Args:
-        config: The settings.
-        where: ``config.where`` as an expression.
-
     Raises:
-        QueryError: The query does not fit the index.
+        QueryError: The query or the filter does not fit the index.
         UnknownKeyError: The index does not hold the key.
         ObjectMissingError: There is no index, picture or file at that URI.
         CorruptionError: A file of the index is damaged.
@@ -195,11 +185,11 @@ def find_neighbours(config: SearchConfig, where: pc.Expression | None = None) ->
     queries = read_queries(config, index, storage)
     started = time.perf_counter()
     if config.key is not None and not config.exact:
-        found = [index.neighbours_of(config.key, config.k, where)]
+        found = [index.neighbours_of(config.key, config.k, config.where)]
     else:
         vectors = np.stack([query.vector for query in queries])
         extra = 1 if config.key is not None else 0
-        lines = index.search(vectors, config.k + extra, where, exact=config.exact)
+        lines = index.search(vectors, config.k + extra, config.where, exact=config.exact)
         found = [[n for n in line if n.key != config.key][: config.k] for line in lines]
     seconds = time.perf_counter() - started
     return SearchReport(index.uri, index.info.generation, queries, found, seconds, index.info)
@@ -379,7 +369,8 @@ def _render_columns(columns: Mapping[str, Any]) -> str:
     for name, value in columns.items():
         if name in _HIDDEN or value is None:
             continue
-        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        printed = to_json(value)
+        text = printed if isinstance(printed, str) else json.dumps(printed)
         short = text if len(text) <= _MAX_VALUE else text[: _MAX_VALUE - 1] + "…"
         rows.append(f"<dt>{html.escape(name)}</dt><dd>{html.escape(short)}</dd>")
     return f"<dl>{''.join(rows)}</dl>" if rows else ""
