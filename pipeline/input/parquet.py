@@ -19,6 +19,9 @@ _REQUEST_BYTES = 8 << 20
 _BATCH_BYTES = 8 << 20
 
 
+_BINARY_TYPES = (pa.binary(), pa.large_binary(), pa.binary_view())
+
+
 @dataclass(frozen=True, slots=True)
 class _Columns:
     """What is read of a file.
@@ -148,9 +151,9 @@ def _choose_columns(schema: pa.Schema, uri: str, options: ReadOptions) -> _Colum
 
 def _find_image_column(schema: pa.Schema, uri: str, options: ReadOptions) -> str:
     others = {options.key_column, *options.carry}
-    names: list[str] = [
-        field.name for field in schema if _holds_images(field.type) and field.name not in others
-    ]
+    fields = [field for field in schema if field.name not in others and _holds_images(field.type)]
+    best = min((_rank(field.type) for field in fields), default=0)
+    names: list[str] = [field.name for field in fields if _rank(field.type) == best]
     if len(names) == 1:
         return names[0]
     if not names:
@@ -169,7 +172,14 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 def _is_binary(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_fixed_size_binary(kind) or kind in _BINARY_TYPES
+
+
+def _rank(kind: pa.DataType) -> int:
+    """Order types by how likely they hold images; what repeats or has one length seldom does."""
+    return 2 * bool(pa.types.is_fixed_size_binary(kind)) + bool(pa.types.is_dictionary(kind))
 
 
 def _choose_batch_rows(source: pq.ParquetFile, columns: _Columns) -> int:
@@ -223,7 +233,7 @@ def _read_batch(
         if images.type.get_field_index("path") >= 0:
             paths = pc.struct_field(images, "path").to_pylist()
         images = pc.struct_field(images, "bytes")
-    lengths = pc.binary_length(images).to_pylist()
+    lengths = _measure_images(images).to_pylist()
     keys = batch.column(columns.key).to_pylist() if columns.key else [None] * len(batch)
     carried = {name: _read_carried(batch, name, options) for name in columns.carried}
     for i, length in enumerate(lengths):
@@ -239,6 +249,15 @@ def _read_batch(
             yield FoundImage(name, b"", None, values, "too_large", reason)
         else:
             yield FoundImage(name, images[i].as_py(), None, values)
+
+
+def _measure_images(images: pa.Array) -> pa.Array:
+    """Return the encoded length of each image; Arrow does not know that of every layout."""
+    if pa.types.is_dictionary(images.type):
+        return _measure_images(images.dictionary).take(images.indices)
+    if pa.types.is_binary_view(images.type):
+        images = images.cast(pa.large_binary())
+    return pc.binary_length(images)
 
 
 def _to_name(key: Any, row: int) -> str:

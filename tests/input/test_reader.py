@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pictures import (
     TAR_MODES,
@@ -340,6 +341,44 @@ def test_parquet_rows_become_records(tmp_path: Path, struct: bool) -> None:
     assert [record.data for record in records] == IMAGES
     assert {record.offset for record in records} == {None}
     assert notes == {}
+
+
+@pytest.mark.parametrize("struct", [False, True])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.large_binary(),
+        pa.binary_view(),
+        pa.binary(len(IMAGES[0]) + 500),
+        pa.dictionary(pa.int32(), pa.binary()),
+        pa.dictionary(pa.int8(), pa.large_binary()),
+    ],
+    ids=str,
+)
+def test_images_are_read_from_every_binary_type(
+    tmp_path: Path, kind: pa.DataType, struct: bool
+) -> None:
+    width = getattr(kind, "byte_width", 0) if pa.types.is_fixed_size_binary(kind) else 0
+    images = [data.ljust(width, b"\0") for data in (*IMAGES[:3], IMAGES[0])]
+    column = pa.array([*images, None], pa.large_binary())
+    # Arrow makes no dictionaries of views, nor views of dictionaries
+    column = column.cast(pa.binary()).cast(kind) if kind != pa.large_binary() else column
+    if struct:
+        names = pa.array([*"abcd", None], pa.string_view())
+        column = pa.StructArray.from_arrays([column, names], ["bytes", "path"])
+    ids = pa.array(["v", "w", "x", "y", "z"], pa.string_view())
+    digests = pa.array([bytes([i]) * 32 for i in range(5)], pa.binary(32))
+    columns = {"id": ids, "image": column} | ({} if width and not struct else {"sha": digests})
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    shard = make_shard(tmp_path / "a.parquet")
+    records, _ = read_all(shard, key_column="id", chunk_images=2)
+    assert keys_of(records) == [f"a.parquet/{name}" for name in "vwxyz"]
+    assert [record.data for record in records] == [*images, b""]
+    assert [record.status for record in records] == ["ok"] * 4 + ["unreadable"]
+    again = read_record_bytes(
+        shard.source, row=3, offset=None, nbytes=len(images[3]), storage=STORAGE
+    )
+    assert again == images[3]
 
 
 def test_a_parquet_row_without_image_says_so(tmp_path: Path) -> None:
