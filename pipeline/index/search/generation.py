@@ -131,10 +131,31 @@ class Generation:
             found.append(segment.scan(vectors, k, chosen))
         return _merge(found, k)
 
-    def sample(self, number: int, random: np.random.Generator) -> tuple[Rows, Rows]:
-        """Return segment numbers and rows of up to ``number`` live rows, without repetition."""
+    def sample(
+        self,
+        number: int,
+        random: np.random.Generator,
+        *,
+        masks: Sequence[Mask | None] | None = None,
+    ) -> tuple[Rows, Rows]:
+        """Return segment numbers and rows of up to ``number`` live rows, without repetition.
+
+        Args:
+            number: Rows wanted.
+            random: Draws them.
+            masks: The rows to draw from, by segment; the live ones where None.
+        """
         sizes = [segment.info.rows for segment in self.segments]
         offsets = np.cumsum([0, *sizes])
+        if masks is not None:
+            chosen = [
+                offset + (np.arange(size) if mask is None else np.flatnonzero(mask.flags))
+                for offset, size, mask in zip(offsets, sizes, masks, strict=False)
+            ]
+            kept = np.concatenate(chosen)
+            drawn = random.choice(kept, min(len(kept), number), replace=False)
+            numbers = np.searchsorted(offsets, drawn, side="right") - 1
+            return numbers, drawn - offsets[numbers]
         extra = sum(tombstones.rows for tombstones in self.manifest.tombstones.values())
         drawn = random.choice(offsets[-1], min(offsets[-1], number + extra), replace=False)
         numbers = np.searchsorted(offsets, drawn, side="right") - 1
@@ -249,11 +270,26 @@ class Snapshot:
         place = np.array([[number]]), np.array([[row]])
         return self._describe_rows(np.ones((1, 1), np.float32), *place)[0][0]
 
-    def sample(self, n: int, *, seed: int | None = None) -> list[Neighbour]:
-        """Return up to ``n`` rows drawn at random, without repetition, with score 1."""
-        numbers, rows = self.opened.sample(n, np.random.default_rng(seed))
+    def sample(
+        self, n: int, *, seed: int | None = None, where: Where | None = None
+    ) -> list[Neighbour]:
+        """Return up to ``n`` rows drawn at random, without repetition, with score 1.
+
+        Args:
+            n: Rows wanted.
+            seed: Makes the draw repeatable.
+            where: Only rows that fulfil it.
+        """
+        masks = None if where is None else self._find_masks(where)
+        numbers, rows = self.opened.sample(n, np.random.default_rng(seed), masks=masks)
         scores = np.ones((1, len(rows)), np.float32)
         return self._describe_rows(scores, numbers[None], rows[None])[0]
+
+    def list_fulfilling(self, keys: Sequence[str], where: Where) -> list[bool]:
+        """Tell of each key whether its row fulfils a filter; False where there is no such row."""
+        masks = self._find_masks(where)
+        places = [self.opened.find(key) for key in keys]
+        return [place is not None and _is_live(masks[place[0]], place[1]) for place in places]
 
     def _locate(self, key: str) -> tuple[int, int]:
         found = self.opened.find(key)
