@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -138,8 +137,8 @@ class Client:
         Raises:
             UnknownKeyError: No image of this key is indexed.
         """
-        wanted = {"neighbours": neighbours, "vector": vector}
-        return Item.model_validate_json(self._get(_item_path(key), wanted))
+        wanted = {"key": key, "neighbours": neighbours, "vector": vector}
+        return Item.model_validate_json(self._get("v1/item", wanted))
 
     def image(self, key: str, *, size: int | None = None) -> bytes:
         """Return an indexed image as it is stored, or a thumbnail of 64, 256 or 512 pixels.
@@ -148,11 +147,12 @@ class Client:
             UnknownKeyError: No image of this key is indexed.
             QueryError: Its source has changed or is gone, or images are not shown.
         """
-        return self._get(f"{_item_path(key)}/image", {"size": str(size or "original")})
+        return self._get("v1/image", {"key": key, "size": str(size or "original")})
 
-    def sample(self, n: int = 12) -> list[Result]:
-        """Return some indexed images, drawn at random."""
-        return SampleResponse.model_validate_json(self._get("v1/sample", {"n": n})).items
+    def sample(self, n: int = 12, *, filter: str = "") -> list[Result]:  # noqa: A002
+        """Return some indexed images, drawn at random; only those that fulfil ``filter``."""
+        wanted = {"n": n, "filter": filter}
+        return SampleResponse.model_validate_json(self._get("v1/sample", wanted)).items
 
     def info(self) -> Info:
         """Return what is being served."""
@@ -224,11 +224,6 @@ def _read(image: bytes | str | Path) -> bytes:
         return Path(image).read_bytes()
     except OSError as error:
         raise QueryError(f"cannot read the image {image}: {error.strerror}") from error
-
-
-def _item_path(key: str) -> str:
-    # Escaped slashes too: a client must not tidy up ".." or "//" in a key.
-    return f"v1/items/{quote(key, safe='')}"
 
 
 def _find_wait(response: httpx.Response, attempt: int) -> float:

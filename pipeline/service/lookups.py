@@ -190,7 +190,7 @@ class Lookups:
             Problem: The request does not fit this index, or too much is waiting.
         """
         started_s = time.perf_counter()
-        where = compile_options(request, snapshot)
+        where = await asyncio.to_thread(compile_options, request, snapshot)
         target = await self._resolve(request.query, snapshot)
         return await self.search_target(target, request, snapshot, where=where, started_s=started_s)
 
@@ -203,7 +203,7 @@ class Lookups:
             Problem: The image cannot be embedded, or as for ``search``.
         """
         started_s = time.perf_counter()
-        where = compile_options(options, snapshot)
+        where = await asyncio.to_thread(compile_options, options, snapshot)
         target = await self._embed_query(image, snapshot, where="image")
         return await self.search_target(target, options, snapshot, where=where, started_s=started_s)
 

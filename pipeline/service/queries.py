@@ -1,5 +1,7 @@
 """Searches that wait together, searched together."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow.compute as pc
 
@@ -21,10 +23,19 @@ def compile_options(options: SearchOptions, snapshot: Snapshot) -> pc.Expression
     if options.space is not None and options.space != expected:
         detail = f"the index holds vectors of space {expected}; embed the query as it was"
         raise Problem(409, "other_space", detail=detail, where="space")
-    if options.filter is None:
+    return None if options.filter is None else compile_filter(options.filter, snapshot)
+
+
+def compile_filter(where: dict[str, Any] | str, snapshot: Snapshot) -> pc.Expression | None:
+    """Return a compiled filter; None for a text of nothing but spaces.
+
+    Raises:
+        Problem: 422, the filter does not fit the columns.
+    """
+    if isinstance(where, str) and not where.strip():
         return None
     try:
-        return compile_where(options.filter, list_public_columns(snapshot.info))
+        return compile_where(where, list_public_columns(snapshot.info))
     except QueryError as error:
         raise Problem(422, "invalid_filter", detail=str(error), where="filter") from error
 

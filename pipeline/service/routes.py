@@ -2,13 +2,17 @@
 
 import asyncio
 import json
+from itertools import compress
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
+from starlette.convertors import Convertor, register_url_convertor
 
 from pipeline.errors import UnknownKeyError
+from pipeline.index.map import MapPoints
 from pipeline.index.search.generation import Snapshot
+from pipeline.index.search.search_index import Neighbour
 from pipeline.index.search.where import is_filterable
 from pipeline.service.forms import (
     get_media_type,
@@ -23,6 +27,7 @@ from pipeline.service.forms import (
 from pipeline.service.lookups import Lookups, Target
 from pipeline.service.openapi import describe_form_body, describe_json_body, describe_problems
 from pipeline.service.problems import Problem
+from pipeline.service.queries import compile_filter
 from pipeline.service.results import list_public_columns, make_classes, make_results, show_columns
 from pipeline.service.schema import (
     MAX_IMAGES,
@@ -31,6 +36,7 @@ from pipeline.service.schema import (
     Column,
     EmbedRequest,
     EmbedResponse,
+    FilterText,
     Info,
     Item,
     MapResponse,
@@ -50,6 +56,26 @@ PICTURE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; sandbox",
 }
 Size = Literal["64", "256", "512", "original"]
+QueryKey = Annotated[str, Query(min_length=1, description="Key of an indexed image.")]
+Neighbours = Annotated[int, Query(ge=0, le=100, description="Neighbours to add.")]
+WithVector = Annotated[bool, Query(description="Add the stored vector.")]
+
+
+class KeyConvertor(Convertor[str]):
+    """A key in a path: everything, line breaks too, which Starlette's own ``path`` stops at."""
+
+    regex = r"[\s\S]*"
+
+    def convert(self, value: str) -> str:
+        """Return the key; the server has undone the escapes."""
+        return value
+
+    def to_string(self, value: str) -> str:
+        """Return the key as it stands in a path."""
+        return value
+
+
+register_url_convertor("key", KeyConvertor())
 
 
 def get_lookups(request: Request) -> Lookups:
@@ -183,16 +209,26 @@ def describe_service(lookups: Lookups) -> Info:
     )
 
 
-@router.get("/map", response_model=MapResponse, responses=describe_problems(404))
-async def show_map(request: Request) -> Response:
-    """Return a sample of the collection laid out in two dimensions."""
+@router.get("/map", response_model=MapResponse, responses=describe_problems(404, 422))
+async def show_map(request: Request, filter: FilterText = "") -> Response:  # noqa: A002
+    """Return a sample of the collection laid out in two dimensions; its part under a filter."""
     snapshot = get_lookups(request).index.snapshot
     points = snapshot.opened.map
     if points is None:
         raise Problem(404, "no_map", detail="this generation was built without a map")
+    points = await asyncio.to_thread(filter_points, points, filter, snapshot)
     head = json.dumps({"generation": snapshot.info.generation})
     body = head[:-1].encode() + b"," + points.to_json()[1:]
     return Response(body, media_type=JSON)
+
+
+def filter_points(points: MapPoints, text: str, snapshot: Snapshot) -> MapPoints:
+    """Return the points of a map whose images fulfil a filter."""
+    where = compile_filter(text, snapshot)
+    if where is None:
+        return points
+    kept = snapshot.list_fulfilling(points.keys, where)
+    return MapPoints(points.method, tuple(compress(points.keys, kept)), points.xy[kept])
 
 
 @router.get(
@@ -201,32 +237,35 @@ async def show_map(request: Request) -> Response:
     response_model_exclude_none=True,
     responses=describe_problems(422),
 )
-async def sample(request: Request, n: Annotated[int, Query(ge=1, le=100)] = 12) -> Response:
-    """Return some indexed images, drawn at random."""
+async def sample(
+    request: Request,
+    n: Annotated[int, Query(ge=1, le=100)] = 12,
+    filter: FilterText = "",  # noqa: A002
+) -> Response:
+    """Return some indexed images that fulfil a filter, drawn at random."""
     snapshot = get_lookups(request).index.snapshot
-    hits = await asyncio.to_thread(snapshot.sample, n)
+    hits = await asyncio.to_thread(draw_sample, snapshot, n, filter)
     items = make_results(hits, snapshot, ["metadata"])
     return answer(SampleResponse(generation=snapshot.info.generation, items=items))
 
 
-@router.get(
-    "/items/{key:path}/image",
-    response_class=Response,
-    responses={
-        200: {"content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}},
-        304: {"description": "The picture is the one that `If-None-Match` names."},
-        **describe_problems(404, 410, 422),
-    },
-)
-async def show_image(request: Request, key: str, size: Size = "original") -> Response:
+def draw_sample(snapshot: Snapshot, n: int, text: str) -> list[Neighbour]:
+    """Return up to ``n`` images that fulfil a filter."""
+    return snapshot.sample(n, where=compile_filter(text, snapshot))
+
+
+PICTURE_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"image/*": {"schema": {"type": "string", "format": "binary"}}}},
+    304: {"description": "The picture is the one that `If-None-Match` names."},
+    **describe_problems(404, 410, 422),
+}
+
+
+@router.get("/image", response_class=Response, responses=PICTURE_RESPONSES)
+async def show_image(request: Request, key: QueryKey, size: Size = "original") -> Response:
     """Return an indexed image, or a thumbnail whose longest side has ``size`` pixels."""
     lookups = get_lookups(request)
-    snapshot = lookups.index.snapshot
-    try:
-        hit = await asyncio.to_thread(snapshot.find, key)
-    except UnknownKeyError:
-        # "…/image" may be the end of a key; that image's own picture is at "…/image/image".
-        return await _answer_item(lookups, snapshot, f"{key}/image")
+    hit = await asyncio.to_thread(lookups.index.snapshot.find, key)
     picture = await lookups.picture(hit, None if size == "original" else int(size))
     headers = PICTURE_HEADERS | {"ETag": picture.etag}
     if request.headers.get("if-none-match") == picture.etag:
@@ -236,27 +275,32 @@ async def show_image(request: Request, key: str, size: Size = "original") -> Res
     return Response(picture.data, media_type=picture.media_type, headers=headers)
 
 
+@router.get("/items/{key:key}/image", response_class=Response, responses=PICTURE_RESPONSES)
+async def show_image_of_path(request: Request, key: str, size: Size = "original") -> Response:
+    """Do as `/v1/image`, for keys that a path can hold.
+
+    Not for keys that browsers and proxies tidy up (`./`, `//`), nor where one key is another's
+    with `/image` at its end.
+    """
+    try:
+        return await show_image(request, key, size)
+    except UnknownKeyError:
+        # "…/image" may be the end of a key; that image's own picture is at "…/image/image".
+        return await show_item(request, f"{key}/image")
+
+
 @router.get(
-    "/items/{key:path}",
+    "/item",
     response_model=Item,
     response_model_exclude_none=True,
     responses=describe_problems(404, 422),
 )
 async def show_item(
-    request: Request,
-    key: str,
-    neighbours: Annotated[int, Query(ge=0, le=100, description="Neighbours to add.")] = 0,
-    vector: Annotated[bool, Query(description="Add the stored vector.")] = False,
+    request: Request, key: QueryKey, neighbours: Neighbours = 0, vector: WithVector = False
 ) -> Response:
     """Return what is known of an indexed image."""
     lookups = get_lookups(request)
     snapshot = lookups.index.snapshot
-    return await _answer_item(lookups, snapshot, key, neighbours=neighbours, vector=vector)
-
-
-async def _answer_item(
-    lookups: Lookups, snapshot: Snapshot, key: str, *, neighbours: int = 0, vector: bool = False
-) -> Response:
     hit = await asyncio.to_thread(snapshot.find, key)
     stored = await asyncio.to_thread(snapshot.vector, key) if vector or neighbours else None
     found: list[Any] | None = None
@@ -271,3 +315,16 @@ async def _answer_item(
         neighbours=found,
     )
     return answer(item)
+
+
+@router.get(
+    "/items/{key:key}",
+    response_model=Item,
+    response_model_exclude_none=True,
+    responses=describe_problems(404, 422),
+)
+async def show_item_of_path(
+    request: Request, key: str, neighbours: Neighbours = 0, vector: WithVector = False
+) -> Response:
+    """Do as `/v1/item`, for keys that a path can hold; see `/v1/items/{key}/image`."""
+    return await show_item(request, key, neighbours, vector)

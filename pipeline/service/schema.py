@@ -2,10 +2,11 @@
 
 import base64
 import binascii
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.service.problems import Problem
 
@@ -15,12 +16,63 @@ MAX_SEARCHES = 64
 MAX_IMAGES = 32
 MAX_DIM = 16_384
 
+MAX_FILTER_VALUES = 10_000
+"""Values, keys included, in all filters of one request."""
+
+MAX_FILTER_CHARS = 200_000
+"""Characters of all texts in all filters of one request."""
+
+
+def measure_filter(where: Mapping[str, Any] | str) -> tuple[int, int]:
+    """Return how many values a filter holds, its keys included, and how many characters."""
+    values, chars = 0, 0
+    waiting: list[Any] = [where]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list):
+            waiting += value
+        else:
+            values += 1
+            chars += len(value) if isinstance(value, str) else 0
+    return values, chars
+
+
+def check_filters(filters: Iterable[Mapping[str, Any] | str | None]) -> None:
+    """Refuse filters that would take long to read: compiled, each value costs some microseconds.
+
+    Raises:
+        ValueError: The filters of one request hold too many values, or too much text.
+    """
+    sizes = [measure_filter(where) for where in filters if where is not None]
+    values, chars = sum(size[0] for size in sizes), sum(size[1] for size in sizes)
+    if values > MAX_FILTER_VALUES:
+        raise ValueError(
+            f"the filters of a request may hold {MAX_FILTER_VALUES:,} values; these hold {values:,}"
+        )
+    if chars > MAX_FILTER_CHARS:
+        raise ValueError(
+            f"the filters of a request may hold {MAX_FILTER_CHARS:,} characters; these hold "
+            f"{chars:,}"
+        )
+
+
+FilterText = Annotated[
+    str,
+    Field(
+        max_length=2000,
+        description="Conditions on metadata as text: `cls = dress and width >= 400`.",
+    ),
+]
+
 Filter = Annotated[
     dict[str, Any] | Annotated[str, Field(max_length=2000)],
     Field(
         description='Conditions on metadata: `{"cls": "dress", "width": {"$gte": 400}}` with '
         "`$eq $ne $lt $lte $gt $gte $in $nin $contains $prefix $exists $and $or $not`, or the "
-        "same as text: `cls = dress and width >= 400`.",
+        "same as text: `cls = dress and width >= 400`. All filters of a request may hold "
+        f"{MAX_FILTER_VALUES:,} values and {MAX_FILTER_CHARS:,} characters.",
         examples=["width >= 400", {"width": {"$gte": 400}}],
     ),
 ]
@@ -84,6 +136,12 @@ class SearchOptions(_Strict):
         default=False, strict=True, description="Compare with every vector; slow, and certain."
     )
 
+    @field_validator("filter")
+    @classmethod
+    def _check_filter(cls, where: dict[str, Any] | str | None) -> dict[str, Any] | str | None:
+        check_filters([where])
+        return where
+
 
 class SearchRequest(SearchOptions):
     """One search."""
@@ -95,6 +153,12 @@ class BatchRequest(_Strict):
     """Several searches, answered from one generation."""
 
     searches: list[SearchRequest] = Field(min_length=1, max_length=MAX_SEARCHES)
+
+    @field_validator("searches")
+    @classmethod
+    def _check_filters(cls, searches: list[SearchRequest]) -> list[SearchRequest]:
+        check_filters(search.filter for search in searches)
+        return searches
 
 
 class EmbedRequest(_Strict):
@@ -177,7 +241,7 @@ class Item(BaseModel):
 
 
 class SampleResponse(BaseModel):
-    """Some indexed images, drawn at random."""
+    """Some indexed images, drawn at random; fewer than asked for where no more exist."""
 
     generation: str
     items: list[Result]

@@ -5,8 +5,17 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from service.gallery import Gallery
+from service.gallery import AWKWARD_KEYS, Gallery
 from service.services import ColourEmbedder, Service, run_service
+
+
+@pytest.fixture(scope="session")
+def awkward_gallery(tmp_path_factory: pytest.TempPathFactory) -> Gallery:
+    """Pictures whose keys are hard to put into an address."""
+    made = Gallery(tmp_path_factory.mktemp("awkward"))
+    made.add_shard(len(AWKWARD_KEYS), keys=list(AWKWARD_KEYS))
+    made.build()
+    return made
 
 
 @pytest.fixture(scope="module")

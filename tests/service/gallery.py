@@ -24,6 +24,14 @@ STORAGE = Storage()
 CARRIED = pa.schema([("colour", pa.string()), ("price", pa.float64()), ("cls", pa.string())])
 
 
+AWKWARD_KEYS = (
+    *("./dot.jpg", "../up.jpg", ".", "a//b.jpg", "trail/", "x", "x/image", "image"),
+    *("line\nbreak.jpg", "end\n", "what?.jpg", "tag#1.jpg", "100%.jpg", "%2e%2e/p.jpg", "%00"),
+    *("sp ace+plus&and=1.jpg", "ünï 😀.jpg", "back\\slash.jpg", "<b>&\"'.jpg"),
+)
+"""Ends of keys that paths, browsers and servers tidy up, cut off or read as something else."""
+
+
 def make_space(dim: int = DIM) -> Space:
     return synthetic.make_space(dim, backbone="resnetv2_50.a1h_in1k", image_size=32)
 

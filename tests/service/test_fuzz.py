@@ -19,10 +19,13 @@ OPERATIONS = (
     ("POST", "/v1/search/batch"),
     ("POST", "/v1/embed"),
     ("GET", "/v1/sample"),
+    ("GET", "/v1/map"),
+    ("GET", "/v1/item"),
+    ("GET", "/v1/image"),
     ("GET", "/v1/items/{key}"),
     ("GET", "/v1/items/{key}/image"),
 )
-PLAIN = tuple(("GET", path) for path in ("/v1/info", "/v1/map", "/healthz", "/readyz", "/metrics"))
+PLAIN = tuple(("GET", path) for path in ("/v1/info", "/healthz", "/readyz", "/metrics"))
 """They take nothing that could be wrong."""
 CHECK_NAMES = (
     "not_a_server_error",
@@ -93,8 +96,12 @@ def test_an_operation_answers_as_its_description_says(schema, method, path, kind
 
 def give_meaning(case):
     """Return a strategy of ``case`` with values that the gallery knows."""
-    if "key" in (case.path_parameters or {}):
-        case.path_parameters["key"] = KEYS[len(str(case.path_parameters["key"])) % len(KEYS)]
+    for parameters in (case.path_parameters or {}, case.query or {}):
+        if "key" in parameters:
+            parameters["key"] = KEYS[len(str(parameters["key"])) % len(KEYS)]
+        if "filter" in parameters:
+            texts = [text for text in FILTERS if isinstance(text, str)]
+            parameters["filter"] = texts[len(str(parameters["filter"])) % len(texts)]
     body = case.body if isinstance(case.body, dict) else {}
     for search in body.get("searches", [body] if "query" in body else []):
         give_search_meaning(search)
