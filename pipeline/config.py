@@ -230,12 +230,19 @@ class ServeConfig:
     """Show the indexed images, read from their shards."""
     max_body: str = "16MiB"
     """Longest request body."""
+    max_bodies: str = "256MiB"
+    """All request bodies at the same time; half of it for one client. Decoded, they take more."""
     max_pixels: int = 50_000_000
     """Larger query images are refused."""
     requests_per_s: float = 200.0
     """Sustained requests a second of one client, twice that in a burst; 0 is no limit."""
     request_timeout_s: float = 30.0
     """Longest time for one answer."""
+    headers_timeout_s: float = 10.0
+    """Longest wait for the headers of a request; with --local only."""
+    connections_per_client: int = 128
+    """Connections that one address may hold; 0 is no limit, for a proxy in front; with --local
+    only."""
     max_waiting: int = 256
     """Searches that may wait; more are answered 503 with Retry-After."""
     threads: int = 2
@@ -259,15 +266,19 @@ class ServeConfig:
         for name in ("replicas", "max_pixels", "max_waiting", "threads"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("requests_per_s", "refresh_s", "cpus_per_replica", "gpus_per_replica"):
+        for name in (
+            *("requests_per_s", "refresh_s", "cpus_per_replica", "gpus_per_replica"),
+            "connections_per_client",
+        ):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("request_timeout_s", "shutdown_s"):
+        for name in ("request_timeout_s", "headers_timeout_s", "shutdown_s"):
             if getattr(self, name) <= 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be positive")
         if not 0 <= self.top_k_classes <= 1000:
             raise SettingsError(f"top_k_classes is {self.top_k_classes}; use 0 to 1000")
         parse_size(self.max_body, setting="max_body")
+        parse_size(self.max_bodies, setting="max_bodies")
         parse_size(self.image_cache, setting="image_cache")
 
 

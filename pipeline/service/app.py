@@ -19,7 +19,7 @@ from pipeline.images.decode import ImageLimits
 from pipeline.index.search.search_index import IndexInfo, Neighbour, SearchIndex
 from pipeline.input.reader import read_record_bytes
 from pipeline.service.access import ApiKeys, is_loopback, read_api_keys
-from pipeline.service.guard import LOOPBACK_HOSTS, Asgi, Guard, GuardLimits
+from pipeline.service.guard import PROBES, Asgi, Guard, GuardLimits
 from pipeline.service.lookups import LookupLimits, Lookups
 from pipeline.service.metrics import Meter, Metrics
 from pipeline.service.openapi import describe_app, describe_problems
@@ -50,7 +50,10 @@ ASSETS = {
     "/docs.js": ("docs.js", "text/javascript; charset=utf-8"),
     "/favicon.ico": ("icon.svg", "image/svg+xml"),
 }
-OPEN_PATHS = frozenset({*ASSETS, "/healthz", "/readyz", "/openapi.json"})
+OPEN_PATHS = frozenset({*ASSETS, *PROBES, "/openapi.json"})
+"""What needs no key: it shows no data, or only that the process lives."""
+
+
 """What needs no key: it shows no data, or only that the process lives."""
 
 
@@ -60,13 +63,11 @@ class Access:
 
     Attributes:
         keys: Accepted API keys; none lets everybody in.
-        limits: What a request and a client may cost.
-        cors_origins: Origins of other sites whose pages may call the API.
+        limits: What a request and a client may cost, and where it may come from.
     """
 
     keys: ApiKeys
     limits: GuardLimits
-    cors_origins: tuple[str, ...] = ()
 
 
 def create_app(lookups: Lookups, metrics: Metrics, access: Access) -> Asgi:
@@ -88,10 +89,14 @@ def create_app(lookups: Lookups, metrics: Metrics, access: Access) -> Asgi:
     _add_error_handlers(app)
     document = describe_app(app, dim=lookups.index.info.dim, has_keys=bool(access.keys.digests))
     app.get("/openapi.json", include_in_schema=False)(lambda: document)
-    guarded: Any = Guard(app, access.keys, access.limits, open_paths=OPEN_PATHS)
-    if access.cors_origins:
+    guard = Guard(app, access.keys, access.limits, open_paths=OPEN_PATHS)
+    metrics.watch(
+        "pipeline_requests_under_way", "Requests being answered.", lambda: guard.under_way
+    )
+    guarded: Any = guard
+    if origins := sorted(access.limits.origins):
         guarded = CORSMiddleware(
-            guarded, allow_origins=access.cors_origins, allow_methods=["*"], allow_headers=["*"]
+            guarded, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]
         )
     return Meter(guarded, metrics)
 
@@ -127,8 +132,10 @@ def _add_operations(app: FastAPI, metrics: Metrics) -> None:
         },
     )
     async def show_metrics() -> Response:
-        """Return counts and times in Prometheus' text format."""
-        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        """Return counts and times in Prometheus' text format, those of all replicas."""
+        return Response(
+            await metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
 
 
 def _add_assets(app: FastAPI) -> None:
@@ -176,8 +183,12 @@ def _add_error_handlers(app: FastAPI) -> None:
         return Problem(500, "internal", detail="a fault of the service; see its log").to_response()
 
 
-def build_app(config: ServeConfig) -> Asgi:
+def build_app(config: ServeConfig, metrics: Metrics | None = None) -> Asgi:
     """Open the index, load the backbone, and return the application.
+
+    Args:
+        config: What to serve, and how.
+        metrics: Where requests are counted; counts of this process alone otherwise.
 
     Raises:
         SettingsError: A setting is wrong, or does not fit the index.
@@ -187,7 +198,7 @@ def build_app(config: ServeConfig) -> Asgi:
     keys = read_api_keys(config.api_key_file)
     storage = Storage(config.storage)
     index = SearchIndex.open(config.index, storage, cache_dir=config.cache_dir)
-    metrics = Metrics()
+    metrics = metrics or Metrics()
     lookups = Lookups(
         index,
         embedder=open_embedder(config, index.info, storage) if config.image_queries else None,
@@ -255,13 +266,14 @@ def _make_lookup_limits(config: ServeConfig) -> LookupLimits:
 
 def _make_access(config: ServeConfig, keys: ApiKeys) -> Access:
     hosts = frozenset(name.lower() for name in config.allowed_hosts)
-    if is_loopback(config.host) and not keys.digests:
-        hosts |= LOOPBACK_HOSTS
+    is_private = is_loopback(config.host) and not keys.digests
     limits = GuardLimits(
         max_body_bytes=parse_size(config.max_body, setting="max_body"),
+        max_bodies_bytes=parse_size(config.max_bodies, setting="max_bodies"),
         max_concurrent=2 * config.max_waiting,
         timeout_s=config.request_timeout_s,
         requests_per_s=config.requests_per_s,
-        hosts=hosts or None,
+        hosts=hosts if hosts or is_private else None,
+        origins=frozenset(config.cors_origins),
     )
-    return Access(keys, limits, config.cors_origins)
+    return Access(keys, limits)

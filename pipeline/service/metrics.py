@@ -1,9 +1,18 @@
 """What the service counts and times, in Prometheus' text format."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    generate_latest,
+)
+from prometheus_client.registry import Collector
 
 from pipeline.service.guard import Asgi, Message, Receive, Scope, Send
 
@@ -11,10 +20,21 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
+ReadReplicas = Callable[[], Awaitable[Mapping[str, Sequence[Metric]]]]
+"""Returns what every replica of a service has counted, by the replica's name."""
+
+
 class Metrics:
     """One registry per application, so that two in a process do not meet."""
 
-    def __init__(self) -> None:
+    def __init__(self, read_replicas: ReadReplicas | None = None) -> None:
+        """Count from nothing.
+
+        Args:
+            read_replicas: Asks all replicas, this one included, where several serve one address;
+                None where this process is the whole service.
+        """
+        self._read_replicas = read_replicas
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "pipeline_requests",
@@ -53,9 +73,46 @@ class Metrics:
         """Add a gauge whose value is read when somebody asks."""
         Gauge(name, text, registry=self.registry).set_function(read)
 
-    def render(self) -> bytes:
-        """Return everything in the text format, UTF-8."""
-        return generate_latest(self.registry)
+    def collect(self) -> list[Metric]:
+        """Return what this process has counted."""
+        return list(self.registry.collect())
+
+    async def render(self) -> bytes:
+        """Return everything in the text format, UTF-8; of all replicas, where there are several.
+
+        Raises:
+            TimeoutError: A replica has not answered in time.
+        """
+        if self._read_replicas is None:
+            return generate_latest(self.registry)
+        merged = CollectorRegistry()
+        merged.register(_Families(merge_replicas(await self._read_replicas())))
+        return generate_latest(merged)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Families(Collector):
+    """Metrics that are collected already, in the form that a registry takes."""
+
+    families: Sequence[Metric]
+
+    def collect(self) -> Iterable[Metric]:
+        return self.families
+
+
+def merge_replicas(replicas: Mapping[str, Sequence[Metric]]) -> list[Metric]:
+    """Return the metrics of all replicas as one list, with the label ``replica`` on each series.
+
+    Args:
+        replicas: What each replica has counted, by its name.
+    """
+    merged: dict[str, Metric] = {}
+    for replica, families in replicas.items():
+        for family in families:
+            empty = Metric(family.name, family.documentation, family.type)
+            samples = merged.setdefault(family.name, empty).samples
+            samples += [s._replace(labels=s.labels | {"replica": replica}) for s in family.samples]
+    return list(merged.values())
 
 
 class Meter:
@@ -83,6 +140,6 @@ class Meter:
             await self._app(scope, receive, note_status)
         finally:
             # The template, never the path: keys of items would make endless time series.
-            route = getattr(scope.get("route"), "path", "none")
+            route = getattr(scope.get("route"), "path_format", "none")
             self._metrics.requests.labels(scope["method"], route, str(status)).inc()
             self._metrics.request_s.labels(route).observe(time.perf_counter() - start_s)

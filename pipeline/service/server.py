@@ -14,6 +14,7 @@ import uvicorn
 from pipeline.config import ServeConfig
 from pipeline.records import describe_job
 from pipeline.service.access import check_exposure, read_api_keys
+from pipeline.service.connections import ConnectionLimits, make_protocol
 from pipeline.service.guard import Asgi
 
 log = logging.getLogger(__name__)
@@ -66,11 +67,13 @@ def serve_here(config: ServeConfig) -> ServeReport:
 
 def make_server(app: Asgi, config: ServeConfig) -> uvicorn.Server:
     """Return a server that finishes what has begun when it is stopped."""
+    limits = ConnectionLimits(config.headers_timeout_s, config.connections_per_client)
     return uvicorn.Server(
         uvicorn.Config(
             app,
             host=config.host,
             port=config.port,
+            http=make_protocol(limits),
             log_level="warning",
             access_log=False,
             server_header=False,

@@ -10,6 +10,7 @@ import numpy as np
 import uvicorn
 from PIL import Image
 
+from pipeline.config import ServeConfig
 from pipeline.images.decode import ImageLimits
 from pipeline.index.search.search_index import SearchIndex
 from pipeline.inference.embedder import EmbedderOptions
@@ -21,6 +22,7 @@ from pipeline.service.guard import GuardLimits
 from pipeline.service.lookups import LookupLimits, Lookups
 from pipeline.service.metrics import Metrics
 from pipeline.service.pictures import PictureLoader
+from pipeline.service.server import make_server
 from service.gallery import DIM, STORAGE, make_space
 
 LIMITS = LookupLimits(refresh_s=0)
@@ -84,7 +86,6 @@ def run_service(
     embedder: ColourEmbedder | None = None,
     limits: LookupLimits = LIMITS,
     keys: ApiKeys = ApiKeys(),  # noqa: B008  # frozen
-    cors_origins: tuple[str, ...] = (),
     read=read_image,
     **guard,
 ) -> Iterator[Service]:
@@ -106,17 +107,16 @@ def run_service(
         limits=limits,
         metrics=metrics,
     )
-    access = Access(keys, replace(GUARD, **guard), cors_origins)
+    access = Access(keys, replace(GUARD, **guard))
     with serve_app(create_app(lookups, metrics, access)) as (url, server):
         yield Service(url, index, lookups, server, images_read)
 
 
 @contextlib.contextmanager
-def serve_app(app) -> Iterator[tuple[str, uvicorn.Server]]:
-    """Run a real server in a thread; it finishes what has begun at the end of the block."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical", lifespan="on")
-    server = uvicorn.Server(config)
-    sock = config.bind_socket()
+def serve_app(app, **settings) -> Iterator[tuple[str, uvicorn.Server]]:
+    """Run the server of ``jobs/serve.py --local`` in a thread; it ends with the block."""
+    server = make_server(app, ServeConfig(index="unused", port=0, **settings))
+    sock = server.config.bind_socket()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
     while not server.started and thread.is_alive():

@@ -1,15 +1,21 @@
 import asyncio
+import contextlib
+import http.client
 import json
 import socket
 import threading
+import time
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.config import ServeConfig
 from pipeline.errors import SettingsError
 from pipeline.service.access import check_exposure, is_loopback, read_api_keys
-from pipeline.service.guard import LOOPBACK_HOSTS, RateLimiter
+from pipeline.service.guard import BodyBudget, RateLimiter
+from pipeline.service.problems import Problem
 from pipeline.service.serve import serve
 from service.gallery import make_image
 from service.services import ColourEmbedder, run_service
@@ -96,7 +102,7 @@ def test_loopback_addresses_need_nothing(host):
 
 
 def test_a_local_service_answers_to_no_other_name(gallery):
-    with run_service(gallery.open(), hosts=LOOPBACK_HOSTS) as service:
+    with run_service(gallery.open(), hosts=frozenset()) as service:
         port = service.url.rsplit(":", 1)[1]
         for host in (f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}", "LOCALHOST"):
             assert httpx.get(f"{service.url}/v1/info", headers={"host": host}).status_code == 200
@@ -105,6 +111,110 @@ def test_a_local_service_answers_to_no_other_name(gallery):
             assert (response.status_code, response.json()["code"]) == (421, "unknown_host")
         probe = httpx.get(f"{service.url}/readyz", headers={"host": f"10.1.2.3:{port}"})
         assert probe.status_code == 200
+
+
+def test_a_forwarded_service_answers_to_addresses_and_to_localhost_beside_its_names(gallery):
+    """Nobody else's page can have these names; through a forwarded port they are all there is."""
+    with run_service(gallery.open(), hosts=frozenset({"lookups.internal"})) as service:
+        for host in ("lookups.internal:8000", "LOOKUPS.internal", "localhost:9", "10.1.2.3:80"):
+            assert httpx.get(f"{service.url}/v1/info", headers={"host": host}).status_code == 200
+        for path in ("/", "/page.js", "/v1/info", "/docs", "/metrics"):
+            for host in ("evil.example", "xlookups.internal", "[::1", "localhost@evil.example"):
+                response = httpx.get(f"{service.url}{path}", headers={"host": host})
+                assert response.status_code == 421
+                assert "--allowed-hosts" in response.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"sec-fetch-site": "same-origin"}, 200),
+        ({"sec-fetch-site": "none"}, 200),
+        ({"sec-fetch-site": "cross-site"}, 403),
+        ({"sec-fetch-site": "same-site"}, 403),
+        ({"sec-fetch-site": "cross-site", "origin": "https://friend.example"}, 200),
+        ({"sec-fetch-site": "cross-site", "origin": "https://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": "https://evil.example"}, 403),
+        ({"origin": "http://lookups.example:8000", "host": "lookups.example:8000"}, 200),
+        ({"origin": "http://lookups.example:8001", "host": "lookups.example:8000"}, 403),
+    ],
+)
+def test_a_request_that_another_site_s_page_sends_is_refused(gallery, headers, status):
+    with run_service(gallery.open(), origins=frozenset({"https://friend.example"})) as service:
+        body = {"query": {"key": KEY}}
+        response = httpx.post(f"{service.url}/v1/search", json=body, headers=headers)
+        assert response.status_code == status
+        assert status == 200 or response.json()["code"] == "cross_site"
+        assert httpx.get(f"{service.url}/v1/info", headers=headers).status_code == 200
+
+
+def test_bodies_share_a_budget_of_which_one_client_has_half(gallery, tmp_path):
+    path = tmp_path / "keys"
+    names = [f"client-{number}-0123456789" for number in range(3)]
+    path.write_text("\n".join(names))
+    limits = {"max_body_bytes": 1000, "max_bodies_bytes": 2000, "keys": read_api_keys(str(path))}
+    with run_service(gallery.open(), **limits) as service, contextlib.ExitStack() as stack:
+
+        def hold(name):
+            connection = http.client.HTTPConnection(service.url.removeprefix("http://"))
+            stack.callback(connection.close)
+            connection.putrequest("POST", "/v1/search")
+            connection.putheader("Content-Type", "application/json")
+            connection.putheader("Content-Length", "951")
+            connection.putheader("X-API-Key", name)
+            connection.endheaders(b" " * 950)
+            return connection
+
+        def ask(name):
+            headers = {"content-type": "application/json", "x-api-key": name}
+            body = b'{"query": {"key": "nobody"}}'.ljust(120)
+            response = httpx.post(f"{service.url}/v1/search", content=body, headers=headers)
+            return response.status_code, response.json()["code"], "retry-after" in response.headers
+
+        first, second = hold(names[0]), hold(names[1])
+        wait_for(lambda: ask(names[2]) == (503, "overloaded", True))
+        second.send(b"x")
+        assert second.getresponse().status == 422
+        assert ask(names[0]) == (429, "too_many_bytes", True)
+        assert ask(names[2]) == (404, "unknown_key", False)
+        first.send(b"x")
+        assert first.getresponse().status == 422
+        assert ask(names[0]) == (404, "unknown_key", False)
+
+
+def wait_for(condition, timeout_s=20.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(-5, 60)), max_size=40))
+def test_the_budget_of_bodies_holds_what_was_taken_and_not_given_back(steps):
+    """Negative sizes give back; the model is two sums."""
+    budget, held = BodyBudget(100), dict.fromkeys("abc", 0)
+    for client, size in steps:
+        if size < 0:
+            budget.give_back(client, min(-size, held[client]))
+            held[client] -= min(-size, held[client])
+            continue
+        fits = sum(held.values()) + size <= 100 and held[client] + size <= 50
+        if fits:
+            budget.take(client, size)
+            held[client] += size
+        else:
+            with pytest.raises(Problem):
+                budget.take(client, size)
+
+
+def test_probes_are_answered_whatever_their_address_has_asked(gallery):
+    with run_service(gallery.open(), requests_per_s=0.5) as service:
+        assert httpx.get(f"{service.url}/v1/info").status_code == 200
+        for _ in range(5):
+            assert httpx.get(f"{service.url}/v1/info").status_code == 429
+            assert httpx.get(f"{service.url}/healthz").status_code == 200
+            assert httpx.get(f"{service.url}/readyz").status_code == 200
 
 
 def test_a_body_beyond_the_limit_is_refused_by_its_length(gallery):
@@ -210,7 +320,7 @@ def test_other_sites_may_call_only_when_named(gallery):
     ask = origin | {"access-control-request-method": "POST"}
     with run_service(gallery.open()) as service:
         assert httpx.options(f"{service.url}/v1/search", headers=ask).status_code == 405
-    with run_service(gallery.open(), cors_origins=("https://friend.example",)) as service:
+    with run_service(gallery.open(), origins=frozenset({"https://friend.example"})) as service:
         allowed = httpx.options(f"{service.url}/v1/search", headers=ask)
         assert allowed.headers["access-control-allow-origin"] == "https://friend.example"
         stranger = httpx.get(f"{service.url}/v1/info", headers={"origin": "https://evil.example"})

@@ -1,9 +1,13 @@
 """The job as operators run it: a process, a signal, and Ray Serve with real replicas."""
 
+import contextlib
+import http.client
 import json
 import signal
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,11 +23,17 @@ ROOT = Path(__file__).parents[2]
 KEY = "photos/000.tar/00003.jpg"
 
 
+@contextlib.contextmanager
 def start_job(*flags):
+    """Run the job as a process; one that still runs at the end of the block is killed."""
     command = [sys.executable, str(ROOT / "jobs/serve.py"), *map(str, flags)]
-    return subprocess.Popen(
+    with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def read_url(process):
@@ -110,6 +120,7 @@ def test_replicas_on_ray_serve_answer_like_one_server(gallery, serve_on_ray, fre
     )
     serve_on_ray(config)
     url = f"http://127.0.0.1:{free_port}"
+    check_metrics_of_all_replicas(url)
     index = gallery.open()
     keys = [f"photos/000.tar/{number:05d}.jpg" for number in range(40)]
     with pipeline.Client(url) as client:
@@ -128,6 +139,89 @@ def test_replicas_on_ray_serve_answer_like_one_server(gallery, serve_on_ray, fre
         headers = {"host": "evil.example"}
         assert httpx.get(f"{url}/v1/info", headers=headers).status_code == 421
         assert httpx.get(f"{url}/v1/items/..%2F..%2Fetc%2Fpasswd/image").status_code == 404
+
+
+def check_metrics_of_all_replicas(url):
+    """Every scrape counts what all replicas have answered, whichever of them is asked."""
+    rows = 'pipeline_index_rows{replica="'
+    first = httpx.get(f"{url}/metrics").text
+    assert first.count(rows) == 2
+    assert first.count("# TYPE pipeline_index_rows gauge") == 1
+    for asked in range(1, 13):
+        assert httpx.get(f"{url}/v1/info").status_code == 200
+        text = httpx.get(f"{url}/metrics").text
+        counted = [
+            float(line.rsplit(" ", 1)[1])
+            for line in text.splitlines()
+            if line.startswith("pipeline_requests_total{") and 'route="/v1/info"' in line
+        ]
+        assert sum(counted) == asked
+    assert len(counted) == 2, "one replica has answered everything"
+
+
+@pytest.mark.slow
+def test_a_stopped_service_on_ray_serve_answers_what_it_has_accepted(gallery, free_port):
+    flags = ("--index", gallery.index, "--no-image-queries", "--port", free_port)
+    with (
+        start_job(*flags, "--cpus-per-replica", 0.5) as process,
+        contextlib.ExitStack() as stack,
+    ):
+        url = read_url(process)
+        requests = [stack.enter_context(begin_search(free_port)) for _ in range(4)]
+        wait_until(lambda: read_gauge(url, "pipeline_requests_under_way") == 5)  # and this one
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: httpx.get(f"{url}/healthz").status_code != 200)
+        assert [finish() for finish in requests] == [200] * 4
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert json.loads(out.splitlines()[-1])["job"] == "serve"
+
+
+@pytest.mark.slow
+def test_replicas_that_cannot_start_end_the_job_with_their_own_reason(gallery, free_port):
+    flags = ("--index", gallery.index, "--weights", "random:0", "--port", free_port)
+    with start_job(*flags, "--cpus-per-replica", 0.5) as process:
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "did not start: CorruptionError: " in err
+    assert "other weights" in err
+    assert "Traceback" not in err
+
+
+@contextlib.contextmanager
+def begin_search(port):
+    """Send a search but for the end of its body; give what sends the end and returns the status.
+
+    The service has begun to answer, and waits: a request under way for as long as it takes.
+    """
+    body = json.dumps({"query": {"key": KEY}}).encode()
+    with contextlib.closing(
+        http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    ) as connection:
+        connection.putrequest("POST", "/v1/search")
+        connection.putheader("Content-Type", "application/json")
+        connection.putheader("Content-Length", str(len(body)))
+        connection.endheaders(body[:10])
+
+        def finish():
+            connection.send(body[10:])
+            with connection.getresponse() as response:
+                return response.status
+
+        yield finish
+
+
+def read_gauge(url, name):
+    """Return the sum of a gauge over all replicas."""
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{"))
+
+
+def wait_until(condition, timeout_s=60.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        threading.Event().wait(0.05)
 
 
 @pytest.fixture
