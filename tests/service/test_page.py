@@ -2,16 +2,20 @@
 
 import base64
 import shutil
+import threading
 import time
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from playwright.sync_api import BrowserContext, Page, Playwright, expect, sync_playwright
 
 from pipeline.service.access import read_api_keys
 from pipeline.service.app import ASSETS
-from service.gallery import Gallery, make_image
+from service.gallery import AWKWARD_KEYS, Gallery, make_image
 from service.services import ColourEmbedder, Service, run_service
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -162,6 +166,99 @@ def test_the_filter_box_filters_and_explains_its_mistakes(open_page, service):
     expect(alert).to_have_count(0)
 
 
+def expect_colour(page: Page, colour: str, count: int) -> None:
+    expect(page.locator(".card")).to_have_count(count)
+    expect(page.locator(".facts", has_text=f"colour{colour}")).to_have_count(count)
+
+
+def test_the_filter_acts_before_there_is_a_query(open_page):
+    page = open_page()
+    expect(page.locator("#status")).to_have_text("24 of 60 indexed images, at random")
+    page.get_by_label("Filter").fill("colour = navy")
+    page.get_by_role("button", name="Apply").click()
+    expect(page.locator("#status")).to_have_text("10 images that fulfil the filter, at random")
+    expect_colour(page, "navy", 10)
+    page.get_by_label("Results").select_option("12")
+    expect_colour(page, "navy", 10)
+    page.get_by_label("Filter").fill("color = navy")
+    page.get_by_label("Filter").press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("did you mean 'colour'?")
+    page.get_by_label("Filter").fill("")
+    page.get_by_label("Filter").press("Enter")
+    expect(page.locator("#status")).to_have_text("12 of 60 indexed images, at random")
+    page.get_by_label("Filter").fill("price > 1000")
+    page.get_by_label("Filter").press("Enter")
+    expect(page.locator("#status")).to_have_text("No image fulfils the filter")
+    expect(page.locator(".card")).to_have_count(0)
+
+
+def test_a_link_with_a_filter_filters_and_the_filter_stays_on_the_way(open_page):
+    page = open_page("/?filter=colour+%3D+navy")
+    expect_colour(page, "navy", 10)
+    page.locator(".pick").nth(2).click()
+    expect(page.locator("#status")).to_contain_text("9 neighbours")
+    expect_colour(page, "navy", 9)
+    for _ in range(4):  # one in six would be navy by chance
+        page.get_by_role("button", name="Random image").click()
+        expect(page.locator("#status")).to_contain_text("9 neighbours")
+    page.get_by_label("Filter").fill("price > 1000")
+    page.get_by_label("Filter").press("Enter")
+    page.get_by_role("button", name="Random image").click()
+    expect(page.locator("#status")).to_have_text("No image fulfils the filter")
+
+
+def test_the_map_shows_what_the_filter_leaves(open_page):
+    page = open_page("/?view=map&filter=colour+%3D+navy")
+    expect(page.locator("#map-text")).to_have_text("10 of 60 images fulfil the filter")
+    page.get_by_label("Filter").fill("colour in (navy, teal)")
+    page.get_by_label("Filter").press("Enter")
+    expect(page.locator("#map-text")).to_have_text("20 of 60 images fulfil the filter")
+    page.get_by_label("Filter").fill("color = navy")
+    page.get_by_label("Filter").press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("did you mean 'colour'?")
+    page.get_by_label("Filter").fill("")
+    page.get_by_role("button", name="Apply").click()
+    expect(page.locator("#map-text")).to_have_text("60 of 60 images")
+
+
+@pytest.mark.parametrize(
+    ("path", "controls"),
+    [
+        ("/", "filter k"),
+        ("/?view=map", "filter"),
+        (f"/?key={KEY}", "filter k exact"),
+        (f"/?key={KEY}&view=map", "filter k exact"),
+    ],
+)
+def test_a_view_shows_the_controls_that_act_on_it_and_no_others(open_page, path, controls):
+    page = open_page(path)
+    expect(page.locator("#freshness")).to_contain_text("images 60")
+    shown = page.evaluate(
+        "['filter', 'k', 'exact'].filter((id) => document.getElementById(id).offsetParent)"
+    )
+    assert " ".join(shown) == controls
+
+
+def test_every_key_has_its_picture_everywhere(open_page, awkward_gallery):
+    with run_service(awkward_gallery.open(), embedder=ColourEmbedder()) as running:
+        page = open_page(url=running.url)
+        expect(page.locator(".card")).to_have_count(len(AWKWARD_KEYS))
+        expect(page.locator(".thumb.empty")).to_have_count(0)
+        shown = "[...document.querySelectorAll('.thumb img')].every((i) => i.naturalWidth)"
+        for image in page.locator(".thumb img").all():
+            image.scroll_into_view_if_needed()
+        wait_for(page, shown)
+        for end in AWKWARD_KEYS:
+            key = f"photos/000.tar/{end}"
+            page.goto(f"{running.url}/?key={quote(key, safe='')}")
+            expect(page.locator("#status")).to_contain_text("neighbours, found in")
+            wait_for(page, "document.getElementById('query-image').naturalWidth > 100")
+            assert running.images_read.count(key) >= 1
+            assert find_keys(page) == [
+                n.key for n in running.index.neighbours_of(key, len(AWKWARD_KEYS))
+            ]
+
+
 def test_a_chosen_picture_is_searched_for(open_page, service):
     page = open_page()
     picture = {"name": "mine.jpg", "mimeType": "image/jpeg", "buffer": make_image(3)}
@@ -238,7 +335,11 @@ def test_everything_works_from_the_keyboard(open_page, service):
     page.locator(".pick").nth(1).focus()
     page.keyboard.press("Enter")
     expect(page.locator("#query-title")).to_have_text(key.rsplit("/", 1)[1])
-    page.locator("body").press("r")
+    expect_neighbours(page, service, key)
+    expect(page.locator(".pick").first).to_be_focused()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator(".pick").nth(1)).to_be_focused()
+    page.keyboard.press("r")
     expect(page.locator("#query-title")).not_to_have_text(key.rsplit("/", 1)[1])
 
 
@@ -276,7 +377,8 @@ def test_details_show_the_picture_all_metadata_and_the_way_on(open_page, service
     for name in ("colour", "price", "cls", "size"):
         expect(dialog.locator("dt", has_text=name)).to_have_count(1)
     original = dialog.get_by_role("link", name="Open the original").get_attribute("href")
-    assert original == f"v1/items/{key}/image?size=original"
+    assert page.evaluate(f"fetch({original!r}).then((answer) => answer.status)") == 200
+    assert f"key={quote(key, safe='')}&size=original" in original
     dialog.get_by_role("link", name="Search from it").click()
     expect(page.locator("#query-title")).to_have_text(key.rsplit("/", 1)[1])
     expect_neighbours(page, service, key)
@@ -356,10 +458,10 @@ def test_on_a_phone_everything_fits_and_answers_to_touch(open_page, service):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
-def read_contrast(page: Page, selector: str) -> float:
-    """Return the contrast of an element's text with its ground, as WCAG defines it."""
+def read_contrast(page: Page, selector: str, *, of: str = "color") -> float:
+    """Return the contrast of an element's text or edge with its ground, as WCAG defines it."""
     return page.evaluate(
-        """(selector) => {
+        """([selector, of]) => {
             const colourOf = (element, name) => getComputedStyle(element)[name];
             const bend = (v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
             const light = (text) => {
@@ -367,15 +469,15 @@ def read_contrast(page: Page, selector: str) -> float:
                 return 0.2126 * r + 0.7152 * g + 0.0722 * b;
             };
             const element = document.querySelector(selector);
-            let ground = element;
+            let ground = of === "color" ? element : element.parentElement;
             while (colourOf(ground, "backgroundColor").endsWith(", 0)")) {
                 ground = ground.parentElement;
             }
-            const pair = [colourOf(element, "color"), colourOf(ground, "backgroundColor")];
+            const pair = [colourOf(element, of), colourOf(ground, "backgroundColor")];
             const [b, a] = pair.map(light).sort((x, y) => x - y);
             return (a + 0.05) / (b + 0.05);
         }""",
-        selector,
+        [selector, of],
     )
 
 
@@ -398,6 +500,15 @@ def test_both_colour_schemes_are_readable_and_can_be_chosen(open_page):
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") in grounds
 
 
+def test_the_edges_of_controls_stand_out_from_what_they_lie_on(open_page):
+    page = open_page(f"/?key={KEY}&view=map")
+    expect(page.locator("#map-text")).to_have_text("60 of 60 images")
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        for selector in ("#random", "#filter", "#k", "#zoom-in", "#options button"):
+            assert read_contrast(page, selector, of="borderTopColor") >= 3, (scheme, selector)
+
+
 def test_with_api_keys_the_page_asks_for_one_and_shows_pictures_with_it(
     open_page, gallery: Gallery, tmp_path: Path
 ):
@@ -414,6 +525,57 @@ def test_with_api_keys_the_page_asks_for_one_and_shows_pictures_with_it(
         expect(page.locator(".card")).to_have_count(24)
         wait_for(page, "document.querySelector('.thumb img').naturalWidth > 100")
         assert page.locator(".thumb img").first.get_attribute("src").startswith("blob:")
+
+
+def test_the_key_dialog_can_be_left_and_opened_again(open_page, gallery, tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("a-key-of-twenty-four-chars")
+    with run_service(gallery.open(), keys=read_api_keys(str(file))) as guarded:
+        page = open_page(url=guarded.url)
+        dialog = page.get_by_role("dialog", name="An API key is needed")
+        for _ in range(2):
+            expect(dialog).to_be_visible()
+            page.keyboard.press("Escape")
+            page.keyboard.press("Escape")
+            expect(dialog).to_have_count(0)
+            expect(page.get_by_role("alert")).to_contain_text("without an API key")
+            page.get_by_role("button", name="Enter the API key").click()
+        dialog.get_by_label("API key").fill("a-key-of-twenty-four-chars")
+        dialog.get_by_label("API key").press("Enter")
+        expect(page.locator(".card")).to_have_count(24)
+        expect(page.get_by_role("alert")).to_have_count(0)
+        expect(page.get_by_role("button", name="Enter the API key")).to_have_count(0)
+        page.close()
+
+
+def test_a_forwarded_port_is_answered_by_the_names_of_this_machine(open_page, gallery):
+    with run_service(gallery.open(), hosts=frozenset({"lookups.internal"})) as running:
+        port = running.url.rsplit(":", 1)[1]
+        page = open_page(url=f"http://127.0.0.1:{port}")
+        expect(page.locator(".card")).to_have_count(24)
+        page.close()  # before the service ends, or its pictures are missed
+
+
+def test_a_form_on_the_page_of_another_site_is_refused(open_page, service, gallery, tmp_path):
+    """A form needs no leave of the service it is sent to, so that the service has to look."""
+    (tmp_path / "form.html").write_text(
+        f'''<form method="post" enctype="multipart/form-data" action="{service.url}/v1/search">
+        <input name="options" value="{{}}"><button>Send</button></form>'''
+    )
+    handler = partial(QuietHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as other:
+        threading.Thread(target=other.serve_forever).start()
+        page = open_page("/form.html", url=f"http://127.0.0.1:{other.server_port}")
+        with page.expect_response("**/v1/search") as answered:
+            page.get_by_role("button", name="Send").click()
+        other.shutdown()
+    assert answered.value.status == 403
+    assert answered.value.json()["code"] == "cross_site"
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
 
 
 def test_a_service_without_backbone_and_pictures_offers_neither(open_page, gallery):

@@ -28,9 +28,13 @@ export class MapView {
     this.listen();
   }
 
+  // The part of the map that is looked at stays where the points are another selection of its own.
   setPoints(points) {
+    const isFirst = !this.points.keys.length;
+    if (points === this.points) return;
     this.points = points;
-    this.fit();
+    if (isFirst) this.fit();
+    else this.draw();
   }
 
   setMarks(origin, keys) {

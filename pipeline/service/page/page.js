@@ -43,7 +43,7 @@ const askJson = async (path, options) => (await ask(path, options)).json();
 let asking = null;
 
 function askForKey() {
-  asking ??= new Promise((resolve) => {
+  asking ??= new Promise((resolve, reject) => {
     $("key-error").hidden = !apiKey;
     $("key-form").onsubmit = () => {
       apiKey = $("key").value.trim();
@@ -51,14 +51,18 @@ function askForKey() {
       asking = null;
       resolve();
     };
+    $("ask-key").onclose = () => {
+      if (!asking) return;
+      asking = null;
+      reject(new Problem(401, { detail: "Nothing is shown here without an API key." }));
+    };
     $("ask-key").showModal();
   });
   return asking;
 }
-$("ask-key").addEventListener("cancel", (event) => event.preventDefault());
 
-const pathOf = (key) => `v1/items/${key.split("/").map(encodeURIComponent).join("/")}`;
-const imageUrl = (key, size) => `${pathOf(key)}/image?size=${size}`;
+// As a parameter, not in the path: browsers tidy up "./", "../" and "//" there, escaped or not.
+const imageUrl = (key, size) => `v1/image?${new URLSearchParams({ key, size })}`;
 
 async function loadBlob(key, size) {
   return (await ask(imageUrl(key, size))).blob();
@@ -129,6 +133,7 @@ document.addEventListener("click", (event) => {
 
 async function render() {
   const state = readState();
+  const focused = document.activeElement;
   $("filter").value = state.filter;
   $("k").value = String(state.k);
   $("exact").checked = state.exact;
@@ -140,12 +145,29 @@ async function render() {
   running = new AbortController();
   showProblem(null);
   try {
-    await (state.key || state.upload !== null ? showNeighbours(state) : showSample());
+    await showResults(state);
   } catch (error) {
     if (error.name !== "AbortError") showProblem(error);
   } finally {
     $("grid").removeAttribute("aria-busy");
   }
+  if (document.activeElement === document.body && focused !== document.body) focusCard();
+}
+
+async function showResults(state) {
+  if (isAsked(state)) await showNeighbours(state);
+  else if (state.view === "grid") await showSample(state);
+  else showNoMarks();
+  if (state.view === "map") await showMap(state);
+}
+
+const isAsked = ({ key, upload }) => key !== null || upload !== null;
+
+// What was focused is gone: go on at the same image if it is there again, else at the first.
+function focusCard(key) {
+  const links = [...$("grid").querySelectorAll(".pick")].filter((link) => link.offsetParent);
+  const link = links.find((other) => other.dataset.key === key) ?? links[0] ?? $("main");
+  link.focus({ preventScroll: true });
 }
 
 function showProblem(error) {
@@ -154,6 +176,8 @@ function showProblem(error) {
   $("filter-error").hidden = !inFilter;
   $(inFilter ? "filter-error" : "error").textContent = error?.message ?? "";
   $("filter").setAttribute("aria-invalid", String(inFilter));
+  $("retry-place").hidden = !error || inFilter;
+  $("retry").textContent = error?.status === 401 ? "Enter the API key" : "Try again";
   if (error) $("status").textContent = "";
   if (error && !inFilter) $("grid").replaceChildren();
 }
@@ -165,11 +189,13 @@ function showView({ view }) {
     if (view === name) $(`view-${name}`).setAttribute("aria-current", "page");
     else $(`view-${name}`).removeAttribute("aria-current");
   }
-  if (view === "map") openMap();
 }
 
-function showQuery({ key, upload }) {
-  const asked = key !== null || upload !== null;
+function showQuery(state) {
+  const { key, upload } = state;
+  const asked = isAsked(state);
+  $("exact").closest("label").hidden = !asked; // only what acts on what is shown
+  $("k").closest(".field").hidden = !asked && state.view === "map";
   const mine = uploads.get(upload);
   $("frame").hidden = !asked || (!mine && info?.images === false);
   $("query-title").textContent = mine ? mine.name : key === null ? "Find similar images" : baseName(key);
@@ -190,13 +216,23 @@ function showQuery({ key, upload }) {
   else if (key !== null && info?.images !== false) showImage($("query-image"), key, 512);
 }
 
-async function showSample() {
-  if (!found.has("sample")) {
-    found.set("sample", await askJson("v1/sample?n=24", { signal: running.signal }));
-  }
-  const { items } = found.get("sample");
-  $("status").textContent = `${items.length} of ${info ? number(info.rows) : "the"} indexed images, at random`;
+async function showSample({ filter, k }) {
+  $("grid").setAttribute("aria-busy", "true");
+  const { items } = await remember(["sample", filter, k], () => askSample(k, filter));
+  const rows = info ? number(info.rows) : "the";
+  const some = filter ? "images that fulfil the filter" : `of ${rows} indexed images`;
+  $("status").textContent = items.length ? `${items.length} ${some}, at random` : NONE;
   fillGrid(items, { scored: false });
+  showNoMarks();
+}
+
+const NONE = "No image fulfils the filter";
+
+function askSample(n, filter, signal = running.signal) {
+  return askJson(`v1/sample?${new URLSearchParams({ n, filter })}`, { signal });
+}
+
+function showNoMarks() {
   $("more").hidden = true;
   map?.setMarks(null, []);
 }
@@ -213,7 +249,7 @@ function showAnswer(state, answer, results) {
   const embed = state.upload === null ? "" : `, the picture ${answer.took.embed_ms.toFixed(0)} ms`;
   $("status").textContent = results.length
     ? `${results.length} neighbours, found in ${took}${embed}`
-    : "No image fulfils the filter";
+    : NONE;
   fillGrid(results, { scored: true });
   showClasses(answer.classes);
   map?.setMarks(state.key, results.map((result) => result.key));
@@ -233,13 +269,18 @@ function showAnswer(state, answer, results) {
   };
 }
 
-async function search(state, offset) {
-  const id = JSON.stringify([state.key, state.upload, state.filter, state.k, state.exact, offset]);
-  if (!found.has(id)) {
+function search(state, offset) {
+  const id = [state.key, state.upload, state.filter, state.k, state.exact, offset];
+  return remember(id, () => requestSearch(state, offset));
+}
+
+async function remember(id, request) {
+  const name = JSON.stringify(id);
+  if (!found.has(name)) {
     if (found.size > 50) found.delete(found.keys().next().value);
-    found.set(id, await requestSearch(state, offset));
+    found.set(name, await request());
   }
-  return found.get(id);
+  return found.get(name);
 }
 
 function requestSearch({ key, upload, filter, k, exact }, offset) {
@@ -275,10 +316,13 @@ function element(name, text = "") {
 }
 
 const number = (value) => value.toLocaleString("en");
-const baseName = (key) => key.slice(key.lastIndexOf("/") + 1);
+const baseName = (key) => key.slice(key.lastIndexOf("/") + 1) || key;
 
 function fillGrid(results, { scored }) {
+  const focused = document.activeElement;
+  const inside = $("grid").contains(focused);
   $("grid").replaceChildren(...results.map((result) => makeCard(result, scored)));
+  if (inside) focusCard(focused.closest(".card").querySelector(".pick").dataset.key);
 }
 
 function makeCard({ key, score, metadata }, scored) {
@@ -358,25 +402,26 @@ $("details").addEventListener("click", (event) => {
 
 // ---------------------------------------------------------------------- the map
 
-async function openMap() {
-  if (map || !info?.map_points) return;
-  map = new MapView($("map"), {
+async function showMap({ key, filter }) {
+  if (!info?.map_points) return;
+  map ??= new MapView($("map"), {
     load: async (key, size) => createImageBitmap(await loadBlob(key, size)),
     pick: goTo,
-    describe: (key) => ($("map-text").textContent = key ?? mapText()),
+    describe: (key) => ($("map-text").textContent = key ?? mapText),
   });
-  const mapText = () => `${number(info.map_points)} of ${number(info.rows)} images`;
-  $("map-text").textContent = mapText();
-  try {
-    map.setPoints(await askJson("v1/map"));
-    const state = readState();
-    const keys = [...document.querySelectorAll(".pick")].map((link) => link.dataset.key);
-    if (state.key || state.upload !== null) map.setMarks(state.key, keys);
-  } catch (error) {
-    map = null;
-    showProblem(error);
-  }
+  const id = ["map", info.generation, filter];
+  const query = new URLSearchParams(filter ? { filter } : {});
+  const points = await remember(id, () => askJson(`v1/map?${query}`, { signal: running.signal }));
+  const some = number(points.keys.length);
+  mapText = filter
+    ? `${some} of ${number(info.map_points)} images fulfil the filter`
+    : `${some} of ${number(info.rows)} images`;
+  $("map-text").textContent = mapText;
+  map.setPoints(points);
+  const keys = [...document.querySelectorAll(".pick")].map((link) => link.dataset.key);
+  if (isAsked(readState())) map.setMarks(key, keys);
 }
+let mapText = "";
 $("zoom-in").onclick = () => map?.zoomBy(1.6);
 $("zoom-out").onclick = () => map?.zoomBy(1 / 1.6);
 $("zoom-fit").onclick = () => map?.fit();
@@ -425,8 +470,9 @@ addEventListener("drop", (event) => {
 
 $("random").onclick = async () => {
   try {
-    const { items } = await askJson("v1/sample?n=1");
+    const { items } = await askSample(1, readState().filter, null);
     if (items.length) goTo(items[0].key);
+    else $("status").textContent = NONE;
   } catch (error) {
     showProblem(error);
   }
@@ -519,11 +565,18 @@ function showFilterHelp(columns) {
   $("filter-help").replaceChildren("Columns: ", ...help, " · = != < <= > >= ~ (contains) in (…) and or not");
 }
 
-setTheme(localStorage.getItem("theme") ?? "auto");
-try {
-  await loadInfo();
-  setInterval(() => loadInfo().catch(() => {}), 60000);
-} catch (error) {
-  showProblem(error);
+async function start() {
+  try {
+    await loadInfo();
+    refreshing ??= setInterval(() => loadInfo().catch(() => {}), 60000);
+  } catch (error) {
+    showProblem(error);
+    if (error.status === 401) return;
+  }
+  await render();
 }
-render();
+let refreshing = null;
+$("retry").onclick = start;
+
+setTheme(localStorage.getItem("theme") ?? "auto");
+start();
