@@ -113,6 +113,25 @@ class EmbedReport:
         return describe_job("embed") | asdict(self)
 
 
+def describe_carried(notes: Mapping[str, int], *, shards: int) -> Iterator[str]:
+    """Yield a line for each carried column or sidecar that was not found where it should be.
+
+    Args:
+        notes: The readers' counts over this run.
+        shards: Shards that this run embedded.
+    """
+    for note, number in notes.items():
+        if note.startswith("without "):
+            yield f"carry: {number} of {shards} shards are {note}"
+    if lone := notes.get("sidecars_without_image"):
+        yield (
+            f"carry: {lone} sidecars have no image before their archive goes on to another; "
+            "pack every sidecar right beside its image"
+        )
+    if odd := notes.get("sidecars_not_utf8"):
+        yield f"carry: {odd} sidecars are not UTF-8; their other bytes are written as \\xff"
+
+
 class Counters:
     """Running totals of a run, fed by receipts."""
 

@@ -25,7 +25,13 @@ from pipeline.embed_job.prepare import (
     describe_output,
     make_output,
 )
-from pipeline.embed_job.report import Counters, EmbedReport, ImageCounts, show_progress
+from pipeline.embed_job.report import (
+    Counters,
+    EmbedReport,
+    ImageCounts,
+    describe_carried,
+    show_progress,
+)
 from pipeline.embed_job.report_page import render_report, sample_failures
 from pipeline.embed_job.resources import Resources
 from pipeline.embed_job.wire import Receipt
@@ -334,6 +340,8 @@ class _Run:
             newest_image_s=max((c.modified_s or 0.0 for c in live.values()), default=0.0) or None,
             timeline=self._counters.timeline,
         )
+        for line in describe_carried(report.notes, shards=len(self._committed)):
+            LOG.warning(line)
         self._write_report(report)
         return report
 

@@ -1,6 +1,8 @@
 """What reading a container yields, before rows are numbered."""
 
-from collections.abc import Mapping
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,3 +60,16 @@ class BrokenContainerError(Exception):
 def is_fault_of_data(error: Exception) -> bool:
     """Tell damaged data from a failing disk or connection, which have an error number."""
     return not isinstance(error, OSError) or error.errno is None
+
+
+def note_missing(missing: Iterable[str], *, known: Iterable[str], notes: Counter[str]) -> None:
+    """Count carried columns that a shard is without; the note itself suggests a known name."""
+    for name in missing:
+        notes["missing_columns"] += 1
+        notes[f"without {name!r}{suggest_name(name, known)}"] += 1
+
+
+def suggest_name(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean …?"`` with the known name that is nearest, or nothing."""
+    nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""

@@ -1,6 +1,5 @@
 """The types of carried columns, united over the footers of all Parquet shards of an input."""
 
-import difflib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -9,7 +8,7 @@ import pyarrow as pa
 
 from pipeline.carried import choose_type, unite_types
 from pipeline.errors import SettingsError, StorageError
-from pipeline.input.container import BrokenContainerError, ReadOptions
+from pipeline.input.container import BrokenContainerError, ReadOptions, suggest_name
 from pipeline.input.parquet import read_schema
 from pipeline.records import Shard
 from pipeline.storage import Storage
@@ -75,12 +74,6 @@ def _check_names(carry: Sequence[str], schemas: Sequence[pa.Schema]) -> None:
                 f"carry names {name!r}, which no Parquet file of the input has"
                 f"{suggest_name(name, names)}; their columns are {names[:_MAX_SHOWN_NAMES]}"
             )
-
-
-def suggest_name(name: str, known: Sequence[str]) -> str:
-    """Return ``"; did you mean …?"`` with the known name that is nearest, or nothing."""
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def _unite_column(name: str, schemas: Sequence[pa.Schema], text: pa.DataType) -> pa.DataType:

@@ -13,7 +13,13 @@ import pyarrow.parquet as pq
 
 from pipeline.carried import choose_type, convert_column, to_values
 from pipeline.errors import RecordError, SettingsError, describe_excess_bytes
-from pipeline.input.container import BrokenContainerError, FoundImage, ReadOptions, is_fault_of_data
+from pipeline.input.container import (
+    BrokenContainerError,
+    FoundImage,
+    ReadOptions,
+    is_fault_of_data,
+    note_missing,
+)
 
 _REQUEST_BYTES = 8 << 20
 _BATCH_BYTES = 8 << 20
@@ -53,7 +59,7 @@ def read_parquet(
         file: The file, seekable.
         uri: What error messages call it.
         options: Which columns to read.
-        notes: Counts ``missing_columns``: carried columns that the file does not have.
+        notes: Counts carried columns that the file is without.
 
     Raises:
         BrokenContainerError: The file is damaged. All rows before the damage have been yielded.
@@ -64,8 +70,8 @@ def read_parquet(
     with _explaining_damage():
         source = _open(file)
         columns = _choose_columns(source.schema_arrow, uri, options)
-        if missing := len(options.carry) - len(columns.carried):
-            notes["missing_columns"] += missing
+        missing = [name for name in options.carry if name not in columns.carried]
+        note_missing(missing, known=source.schema_arrow.names, notes=notes)
         rows = min(_choose_batch_rows(source, columns), options.chunk_images)
         row = 0
         for group in range(source.metadata.num_row_groups):

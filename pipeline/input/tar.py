@@ -8,7 +8,7 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
@@ -16,6 +16,7 @@ import pyarrow as pa
 from pipeline.errors import describe_excess_bytes
 from pipeline.input.container import BrokenContainerError, FoundImage, ReadOptions, is_fault_of_data
 from pipeline.input.listing import IMAGE_SUFFIXES
+from pipeline.input.sidecars import SampleJoiner, Sidecar, find_column
 
 SIDECARS = ("json", "txt", "cls")
 """Members that belong to a sample without being images; carried on request, else passed over."""
@@ -27,104 +28,86 @@ _MAX_HEADER_BYTES = 1 << 20
 _MAGICS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
-@dataclass(frozen=True, slots=True)
-class _Sidecar:
-    """A member that goes with the images of its sample."""
-
-    name: str
-    extension: str
-    text: str
-
-
 def read_tar(
     stream: BinaryIO, *, options: ReadOptions, notes: Counter[str]
 ) -> Iterator[FoundImage]:
     """Yield the images of an archive in its order, one in memory at a time.
 
-    With ``options.carry``, the images of one sample (adjacent members of one name up to the first
-    dot) are held until the sample is complete, because sidecars may follow their image; at most
-    a chunk's worth is held.
+    With ``options.carry``, the images of one sample are held until the sample is complete, because
+    sidecars may follow their image; at most a chunk's worth is held.
 
     Args:
         stream: The archive from its start; its compression is told from its first bytes.
         options: What to carry, and what is too large to read.
-        notes: Counts ``ignored_members``: files that are neither images nor sidecars, and links.
+        notes: Counts ``ignored_members``: files that are neither images nor sidecars, and links;
+            ``oversized_sidecars``, ``sidecars_not_utf8`` and ``sidecars_without_image``; and a
+            carried column that the archive is without.
 
     Raises:
         BrokenContainerError: The archive is damaged or ends too early. All images before the
             damage have been yielded, the one that it cuts with the status ``truncated``.
     """
     tape, compressed = _open_tape(stream)
-    members = _read_members(tape, options, notes, with_offsets=not compressed)
-    sample, base, sidecars = list[FoundImage](), None, dict[str, str]()
+    joiner = SampleJoiner(options, notes)
+    members = _read_members(tape, joiner, options, notes, with_offsets=not compressed)
     try:
         for member in members:
-            if base != (base := _get_base(member.name)):
-                yield from _carry(sample, sidecars)
-                sample, sidecars = [], {}
-            if isinstance(member, _Sidecar):
-                sidecars[member.extension] = member.text
-            else:
-                sample.append(member)
-            if not options.carry or _is_full(sample, options):
-                yield from _carry(sample, sidecars)
-                sample = []
+            yield from joiner.add(member)
     except BrokenContainerError:
-        yield from _carry(sample, sidecars)
+        yield from joiner.end_sample()
         raise
-    yield from _carry(sample, sidecars)
-
-
-def _is_full(sample: list[FoundImage], options: ReadOptions) -> bool:
-    size_bytes = sum(len(image.data) for image in sample)
-    return len(sample) > options.chunk_images or size_bytes > options.chunk_bytes
-
-
-def _carry(sample: list[FoundImage], sidecars: dict[str, str]) -> Iterator[FoundImage]:
-    for image in sample:
-        yield replace(image, carried=dict(sidecars)) if sidecars else image
-
-
-def _get_base(name: str) -> str:
-    folder, basename = posixpath.split(name)
-    return f"{folder}/{basename.partition('.')[0]}"
+    yield from joiner.finish()
 
 
 def _read_members(
-    tape: "_Tape", options: ReadOptions, notes: Counter[str], *, with_offsets: bool
-) -> Iterator[FoundImage | _Sidecar]:
+    tape: "_Tape",
+    joiner: SampleJoiner,
+    options: ReadOptions,
+    notes: Counter[str],
+    *,
+    with_offsets: bool,
+) -> Iterator[FoundImage | Sidecar]:
     for info in _read_headers(tape):
         name = info.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         basename = posixpath.basename(name)
         if info.isdir() or basename.startswith("._"):  # ._ is what macOS leaves beside a file
             continue
         extension = basename.partition(".")[2].lower()
-        if info.isreg() and extension in options.carry:
-            if (sidecar := _read_sidecar(tape, info, name, options)) is not None:
-                yield sidecar
-            else:
-                notes["oversized_sidecars"] += 1
+        if info.isreg() and _is_sidecar(basename, options):
+            yield from _read_sidecar(tape, info, name, options, notes)
         elif info.isreg() and _is_image_name(basename):
             offset = info.offset_data if with_offsets else None
             yield _read_image(tape, info, FoundImage(name, b"", offset), options)
             tape.raise_if_ended_early()
-        elif extension not in SIDECARS:
-            notes["ignored_members"] += 1
+        else:
+            joiner.pass_over(extension)
+            if extension not in SIDECARS:
+                notes["ignored_members"] += 1
 
 
 def _is_image_name(basename: str) -> bool:
     return "." not in basename or basename.lower().endswith(IMAGE_SUFFIXES)
 
 
+def _is_sidecar(basename: str, options: ReadOptions) -> bool:
+    column = find_column(basename, options.carry)
+    exact = column is not None and basename.lower().partition(".")[2] == column.lower()
+    return exact or (column is not None and not _is_image_name(basename))
+
+
 def _read_sidecar(
-    tape: "_Tape", info: tarfile.TarInfo, name: str, options: ReadOptions
-) -> _Sidecar | None:
+    tape: "_Tape", info: tarfile.TarInfo, name: str, options: ReadOptions, notes: Counter[str]
+) -> Iterator[Sidecar]:
     if info.size > min(options.chunk_bytes, options.max_image_bytes):
-        return None
-    extension = posixpath.basename(name).partition(".")[2].lower()
+        notes["oversized_sidecars"] += 1
+        return
     data = tape.read_data(info.size)
     tape.raise_if_ended_early()
-    return _Sidecar(name, extension, data.decode("utf-8", "replace"))
+    try:
+        yield Sidecar(name, data.decode())
+    except UnicodeDecodeError:
+        notes["sidecars_not_utf8"] += 1
+        yield Sidecar(name, data.decode("utf-8", "backslashreplace"))
 
 
 def _read_image(

@@ -8,7 +8,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 import pytest
-from pictures import make_jpeg, write_parquet
+from pictures import make_jpeg, write_parquet, write_tar
 from runs import make_config, read_rows
 
 from pipeline.embed_job.report import EmbedReport
@@ -105,3 +105,25 @@ def test_a_misspelt_column_is_an_error_before_anything_runs(
     with pytest.raises(SettingsError, match=r"'captoin'.* did you mean 'caption'"):
         embed(config)
     assert not (tmp_path / "out").exists()
+
+
+def test_sidecars_that_were_not_found_are_said_in_a_line_and_the_remedy_carries_them(
+    tmp_path: Path, weights: Path, caplog: pytest.LogCaptureFixture
+):
+    images = [(f"{i}.jpg", make_jpeg(i)) for i in range(2)]
+    texts = [(f"{i}.txt", b"text") for i in range(2)]
+    source = tmp_path / "in"
+    source.mkdir()
+    write_tar(source / "a.tar", [*images, *texts])
+    config = make_config(source, tmp_path / "out", weights, carry=("txt", "txd"))
+    embed(config)
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert lines == [
+        "carry: 1 of 1 shards are without 'txt'",
+        "carry: 1 of 1 shards are without 'txd'",
+        "carry: 2 sidecars have no image before their archive goes on to another; "
+        "pack every sidecar right beside its image",
+    ]
+    write_tar(source / "a.tar", sorted([*images, *texts]))
+    embed(config)
+    assert {row["txt"] for row in read_rows(config.output).values()} == {"text"}
