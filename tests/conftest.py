@@ -62,9 +62,25 @@ def faulty_s3(s3_server: S3Server) -> Iterator[FaultyProxy]:
         yield proxy
 
 
+GROUPS = ("serve_on_ray", "ray_cluster", "s3_server", "moto_server", "gallery")
+"""Fixtures that take seconds to set up: the tests of each run in one process."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests that need a Ray of their own in this process last."""
-    items.sort(key=lambda item: "serve_on_ray" in getattr(item, "fixturenames", ()))
+    """Run pure tests first, then those that share a server, then those that share a Ray.
+
+    Tests that need a Ray of their own in this process come last.
+    """
+
+    def find_group(item: pytest.Item) -> int:
+        names = getattr(item, "fixturenames", ())
+        return next((place for place, name in enumerate(GROUPS) if name in names), len(GROUPS))
+
+    items.sort(key=find_group, reverse=True)
+    for item in items:
+        group = find_group(item)
+        if group < len(GROUPS):
+            item.add_marker(pytest.mark.xdist_group("ray" if group < 2 else GROUPS[group]))
 
 
 @pytest.fixture(scope="session")

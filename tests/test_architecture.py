@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
+from functools import cache
 from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
@@ -86,6 +87,7 @@ def fits(module: str, patterns: Iterable[str]) -> bool:
     )
 
 
+@cache
 def list_imports(path: Path) -> set[str]:
     """Return the modules a file imports anywhere, but for type checking."""
     found: set[str] = set()
