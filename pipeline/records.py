@@ -308,12 +308,13 @@ class PartInfo:
     """One written part, as its commit records it.
 
     Attributes:
-        path: Path under the output, ``"parts/<shard id>/<chunk>.parquet"``.
+        path: Path under the output, ``"parts/<shard id>/<chunk>-<digest>.parquet"``.
         rows: Number of rows.
         rows_sha256: Digest of what identifies the rows (key, row, status, image digest): equal
             for every retry, whatever the float noise of the vectors.
         size_bytes: Size of the Parquet object.
         statuses: Number of rows by status.
+        sha256: Digest of the Parquet object, hex; empty in commits written before it was recorded.
     """
 
     path: str
@@ -321,6 +322,7 @@ class PartInfo:
     rows_sha256: str
     size_bytes: int
     statuses: Mapping[str, int]
+    sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)

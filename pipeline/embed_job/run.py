@@ -39,6 +39,7 @@ from pipeline.errors import CorruptionError, SettingsError, StorageError, TooMan
 from pipeline.input.listing import Listing, list_sources
 from pipeline.log import LOG
 from pipeline.output.commits import (
+    find_damaged,
     list_commits,
     list_present_commits,
     list_retired,
@@ -134,6 +135,8 @@ class _Run:
         self._sequence = 1
         self._committed: dict[str, Commit] = {}
         self._failed_shards: dict[str, str] = {}
+        self._before: Mapping[str, Commit] = {}
+        self._damaged: Mapping[str, str] = {}
         self._resources = Resources(0, 0.0, 0.0)
         self._embed_started_s = self._embed_ended_s = started_s
 
@@ -151,7 +154,8 @@ class _Run:
                 error.report = self._finish(plan, commits)
                 raise
         if self._config.prune:
-            LOG.info("pruned files=%d", prune_output(self._config.output, self._storage))
+            pruned = prune_output(self._config.output, self._storage, check=self._lease.check)
+            LOG.info("pruned files=%d", pruned)
         report = self._finish(plan, commits)
         if self._failed_shards:
             raise _describe_failed_shards(report)
@@ -166,15 +170,24 @@ class _Run:
         retired = list_retired(output, self._storage)
         known = [*commits.values(), *retired.values()]
         self._sequence = 1 + max((commit.sequence for commit in known), default=0)
+        damaged = find_damaged(output, commits | retired, self._storage)
+        for shard_id, problem in damaged.items():
+            if shard_id in commits:
+                LOG.warning("damaged run=%s %s; its shard is embedded again", self._run_id, problem)
+        self._damaged = {key: damaged[key] for key in damaged if key in commits}
+        self._before = commits
         plan = plan_shards(
             listing,
             space_id=self._info.space.id,
             layout=self._info.layout,
             commits=commits,
-            retired=retired,
-            again=list_again(self._config, commits),
+            retired={key: commit for key, commit in retired.items() if key not in damaged},
+            again=list_again(self._config, commits) | self._damaged.keys(),
             sequence=self._sequence,
         )
+        left = {commit.shard_id for commit in plan.carried} & self._damaged.keys()
+        for shard_id in left:  # of an input that this run was not given
+            self._failed_shards[shard_id] = f"{commits[shard_id].source}: {damaged[shard_id]}"
         LOG.info(
             "plan run=%s shards_to_embed=%d carried_over=%d restored=%d removed=%d",
             self._run_id,
@@ -269,7 +282,8 @@ class _Run:
         commit = opened.make_commit(
             space_id=self._info.space.id, sequence=self._sequence, run_id=self._run_id
         )
-        write_commit(self._config.output, commit, self._storage)
+        replaced = self._before.get(commit.shard_id)
+        write_commit(self._config.output, commit, self._storage, replaces=replaced)
         self._committed[commit.shard_id] = commit
         LOG.debug(
             "commit run=%s shard=%s source=%s rows=%d",

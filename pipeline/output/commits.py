@@ -4,6 +4,8 @@ A shard is done if and only if ``commits/<shard id>.json`` exists. Everything a 
 through ``list_commits``; nothing else decides what is live.
 """
 
+import itertools
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,12 +14,14 @@ from typing import TypeVar
 
 import pyarrow.dataset
 
-from pipeline.errors import CorruptionError, ObjectMissingError
+from pipeline.errors import ConflictError, CorruptionError, ObjectMissingError
 from pipeline.output.info import read_output_info
 from pipeline.records import Commit
 from pipeline.storage import Storage, join_uri, normalise_uri
 
 IO_THREADS = 32
+PRUNE_AGE_S = 24 * 3600.0
+PRUNE_STEP = 1000
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -33,9 +37,33 @@ def retired_path(shard_id: str) -> str:
     return f"retired/{shard_id}.json"
 
 
-def write_commit(output: str, commit: Commit, storage: Storage) -> None:
-    """Make a shard's rows visible, and those it supersedes invisible, in one write."""
-    storage.put(join_uri(output, commit_path(commit.shard_id)), commit.to_json())
+def write_commit(
+    output: str, commit: Commit, storage: Storage, *, replaces: Commit | None = None
+) -> None:
+    """Make a shard's rows visible, and those it supersedes invisible, in one conditional write.
+
+    A process that was paused, and wakes up after another run committed the shard, changes nothing.
+
+    Args:
+        output: The output.
+        commit: The commit.
+        storage: How to reach the output.
+        replaces: The shard's present commit where it is embedded once more; None where it has none.
+
+    Raises:
+        ConflictError: The shard has another commit by now: another run wrote it.
+    """
+    uri = join_uri(output, commit_path(commit.shard_id))
+    if replaces is None:
+        storage.put_if_absent(uri, commit.to_json())
+        return
+    try:
+        data, version = storage.read_versioned(uri)
+    except ObjectMissingError as error:
+        raise ConflictError(f"{uri} is gone; another run wrote to {output}") from error
+    if Commit.from_json(data) != replaces:
+        raise ConflictError(f"{uri} has changed; another run wrote to {output}")
+    storage.put_if_version(uri, commit.to_json(), version)
 
 
 def retire_commit(output: str, shard_id: str, storage: Storage) -> None:
@@ -58,7 +86,8 @@ def restore_commit(output: str, commit: Commit, storage: Storage) -> None:
 def list_commits(output: str, storage: Storage) -> dict[str, Commit]:
     """Return the live commits by shard id, in the order of their ids.
 
-    Superseded commits that still lie there are left out.
+    Superseded commits that still lie there are left out. While a run replaces a shard, this returns
+    its old commit or its new one, never neither and never both.
 
     Raises:
         CorruptionError: A commit cannot be understood.
@@ -82,22 +111,39 @@ def split_commits(commits: Mapping[str, Commit]) -> tuple[dict[str, Commit], dic
     """Split commits into live and superseded ones.
 
     A commit is superseded by a later one that names it; later, because a source that went back to
-    an older version brings back a commit that the newer version's had superseded.
+    an older version brings back a commit that the newer version's had superseded. Where two runs
+    share a sequence number, their names decide, so that one of two commits is live and not both.
     """
-    newest: dict[str, int] = {}
+    newest: dict[str, tuple[int, str]] = {}
     for commit in commits.values():
         for shard_id in commit.supersedes:
-            newest[shard_id] = max(newest.get(shard_id, 0), commit.sequence)
-    live = {key: c for key, c in commits.items() if newest.get(key, 0) <= c.sequence}
+            newest[shard_id] = max(newest.get(shard_id, (0, "")), (commit.sequence, commit.run_id))
+    live = {
+        key: commit
+        for key, commit in commits.items()
+        if newest.get(key, (0, "")) <= (commit.sequence, commit.run_id)
+    }
     return live, {key: c for key, c in commits.items() if key not in live}
 
 
 def _read_commits(output: str, folder: str, storage: Storage) -> dict[str, Commit]:
-    listed = storage.list_objects(join_uri(output, folder))
-    uris = [info.uri for info in listed if info.uri.endswith(".json")]
+    """Read all commits of a folder, listing it until a listing shows none that is new.
+
+    A listing takes time, and a shard may be replaced meanwhile: its new commit written where the
+    listing has been already, its old one deleted before the listing gets there. Whoever deletes an
+    old commit has written the new one before, so the next listing shows it. (A run replaces a shard
+    once, so no shard changes twice under two listings in a row.)
+    """
     read = partial(_read_commit, storage=storage)
-    found = [commit for commit in map_threads(read, uris) if commit is not None]
-    return {commit.shard_id: commit for commit in found}
+    found: dict[str, Commit | None] = {}
+    for listing in itertools.count():
+        listed = storage.list_objects(join_uri(output, folder))
+        new = [info.uri for info in listed if info.uri.endswith(".json") and info.uri not in found]
+        if listing and not new:
+            break
+        found |= zip(new, map_threads(read, new), strict=True)
+    commits = [found[uri] for uri in sorted(found)]
+    return {commit.shard_id: commit for commit in commits if commit is not None}
 
 
 def _read_commit(uri: str, *, storage: Storage) -> Commit | None:
@@ -128,7 +174,9 @@ def read_embeddings(uri: str, storage: Storage | None = None) -> pyarrow.dataset
 
     Returns:
         One row per image, columns as in ``records.part_schema``; the order of rows is the shards'
-        in the order of their ids, and the images' within them.
+        in the order of their ids, and the images' within them. Reading it verifies the checksum of
+        every page, and raises ``OSError`` where one is wrong; ``verify_output`` also compares the
+        whole part with its digest.
 
     Raises:
         ObjectMissingError: There is no output at ``uri``.
@@ -141,6 +189,7 @@ def read_embeddings(uri: str, storage: Storage | None = None) -> pyarrow.dataset
             f"no embeddings at {uri!r}: space.json is missing; check the URI, or run embed first"
         )
     filesystem, base = storage.arrow_filesystem(output)
+    checked = pyarrow.dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
     paths = [
         f"{base}/{part.path}"
         for commit in list_commits(output, storage).values()
@@ -149,27 +198,70 @@ def read_embeddings(uri: str, storage: Storage | None = None) -> pyarrow.dataset
     if not paths:
         return pyarrow.dataset.dataset(info.schema.empty_table())
     return pyarrow.dataset.dataset(
-        paths, schema=info.schema, filesystem=filesystem, format="parquet"
+        paths,
+        schema=info.schema,
+        filesystem=filesystem,
+        format=pyarrow.dataset.ParquetFileFormat(default_fragment_scan_options=checked),
     )
 
 
-def prune_output(output: str, storage: Storage) -> int:
-    """Delete the files of retired shards and parts that no commit names; return how many.
+def find_damaged(output: str, commits: Mapping[str, Commit], storage: Storage) -> dict[str, str]:
+    """Return the shards with a part that is missing or has another size, and what is wrong.
 
-    Only the holder of the output's lease may call this: a run that is writing has parts that no
-    commit names yet.
+    One listing tells; no part is read. ``verify_output`` reads them.
     """
+    listed = storage.list_objects(join_uri(output, "parts"))
+    sizes = {info.uri[len(output) + 1 :]: info.size_bytes for info in listed}
+    damaged = {}
+    for shard_id, commit in commits.items():
+        for part in commit.parts:
+            size_bytes = sizes.get(part.path)
+            if size_bytes is None:
+                damaged[shard_id] = f"{join_uri(output, part.path)} is missing"
+            elif size_bytes != part.size_bytes:
+                damaged[shard_id] = (
+                    f"{join_uri(output, part.path)} has {size_bytes:,} bytes, "
+                    f"its commit says {part.size_bytes:,}"
+                )
+    return damaged
+
+
+def prune_output(
+    output: str,
+    storage: Storage,
+    *,
+    check: Callable[[], None],
+    min_age_s: float = PRUNE_AGE_S,
+) -> int:
+    """Delete retired commits with their parts, and old parts that no commit names.
+
+    Args:
+        output: The output.
+        storage: How to reach it.
+        check: Called before every deletion; raises when the lease of the output is lost, since
+            another run may then be writing what looks unused here.
+        min_age_s: A part that no commit ever named is kept until it is this old, seconds: it may be
+            one that a process is about to report.
+
+    Returns:
+        Number of objects deleted.
+    """
+    retired = list_retired(output, storage)
     live = {part.path for commit in list_commits(output, storage).values() for part in commit.parts}
-    base = len(output) + 1
-    parts = [
+    left = {part.path for commit in retired.values() for part in commit.parts} - live
+    oldest_s = time.time() - min_age_s
+    unused = [
         info.uri
         for info in storage.list_objects(join_uri(output, "parts"))
-        if info.uri[base:] not in live
+        if (path := info.uri[len(output) + 1 :]) in left
+        or (path not in live and (info.modified_s or 0.0) < oldest_s)
     ]
-    retired = [info.uri for info in storage.list_objects(join_uri(output, "retired"))]
-    storage.delete(retired)  # first: a retired commit promises that its parts are there
-    storage.delete(parts)
-    return len(retired) + len(parts)
+    # Commits first: a retired commit promises that its parts are there.
+    doomed = [join_uri(output, retired_path(shard_id)) for shard_id in retired] + unused
+    for start in range(0, len(doomed), PRUNE_STEP):
+        check()
+        storage.delete(doomed[start : start + PRUNE_STEP])
+    return len(doomed)
 
 
 def renew_commit(

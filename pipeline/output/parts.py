@@ -24,9 +24,18 @@ from pipeline.records import (
 from pipeline.storage import Storage, join_uri
 
 
-def part_path(folder: str, chunk: int) -> str:
-    """Return the path of a part under the output; ``folder`` is the shard's."""
-    return f"parts/{folder}/{chunk:05d}.parquet"
+def part_path(folder: str, chunk: int, sha256: str) -> str:
+    """Return the path of a part under the output.
+
+    The digest is in the name, so two attempts at one chunk whose outcomes differ (an image that was
+    too slow once, float noise) never write to one name, however late one of them writes.
+
+    Args:
+        folder: The shard's folder under ``parts/``.
+        chunk: Position among the shard's chunks.
+        sha256: Digest of the Parquet object, hex.
+    """
+    return f"parts/{folder}/{chunk:05d}-{sha256[:16]}.parquet"
 
 
 def encode_part(table: pa.Table, *, metadata: Mapping[str, str]) -> bytes:
@@ -57,7 +66,7 @@ def digest_rows(table: pa.Table) -> str:
 def write_part(
     output: str, table: pa.Table, *, folder: str, chunk: int, space_id: str, storage: Storage
 ) -> PartInfo:
-    """Write one chunk's rows under its content-derived name and describe it."""
+    """Write one chunk's rows as a Parquet object named by its content, and describe it."""
     rows_sha256 = digest_rows(table)
     metadata = {
         "space_id": space_id,
@@ -65,11 +74,12 @@ def write_part(
         "rows_sha256": rows_sha256,
     }
     data = encode_part(table, metadata=metadata)
-    path = part_path(folder, chunk)
+    sha256 = hashlib.sha256(data).hexdigest()
+    path = part_path(folder, chunk, sha256)
     storage.put(join_uri(output, path), data)
     counts = pc.value_counts(table.column("status")).to_pylist()
     statuses = count_statuses([{item["values"]: item["counts"]} for item in counts])
-    return PartInfo(path, table.num_rows, rows_sha256, len(data), statuses)
+    return PartInfo(path, table.num_rows, rows_sha256, len(data), statuses, sha256)
 
 
 def build_part(

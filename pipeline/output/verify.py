@@ -94,15 +94,16 @@ def _check_parts(
     def check(item: tuple[Commit, PartInfo]) -> tuple[list[str], list[str]]:
         uri = join_uri(output, item[1].path)
         try:
-            table = pq.read_table(
-                pa.BufferReader(storage.read(uri)), page_checksum_verification=True
-            )
+            data = storage.read(uri)
+            if item[1].sha256 not in ("", hashlib.sha256(data).hexdigest()):
+                return [f"{uri} is damaged: it has other bytes than its commit recorded"], []
+            table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
         except ObjectMissingError:
             return [f"{uri} is missing"], []
-        except (pa.ArrowException, OSError, StorageError) as error:
+        except (pa.ArrowException, OSError, StorageError, ValueError) as error:
             return [f"{uri} cannot be read: {error}"], []
         problems = [f"{uri} {problem}" for problem in _check_table(table, info, *item)]
-        return problems, table.column("key").to_pylist()
+        return problems, [] if problems else table.column("key").to_pylist()
 
     step = 4 * IO_THREADS
     for start in range(0, len(checks), step):

@@ -31,6 +31,7 @@ from pipeline.errors import (
     NoShardsError,
     SettingsError,
     SpaceMismatchError,
+    StorageError,
     TooManyFailuresError,
     UnknownBackboneError,
     WeightsError,
@@ -304,6 +305,46 @@ def test_added_changed_deleted_and_restored_sources_are_followed(tmp_path: Path,
     assert {str(p.relative_to(output)) for p in (output / "parts").rglob("*.parquet")} == live
     assert len(live) < parts_before
     assert_same_rows(read_rows(output), third)
+
+
+def test_shards_with_missing_or_cut_parts_are_embedded_again(
+    tmp_path: Path, weights: Path, caplog: pytest.LogCaptureFixture
+):
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name in ("cut", "lost", "whole", "gone"):
+        write_tar(source / f"{name}.tar", [("x.jpg", make_jpeg(len(name)))])
+    config = make_config(source, output, weights)
+    embed(config)
+    first = read_rows(output)
+    storage = Storage()
+    parts = {c.name: output / c.parts[0].path for c in list_commits(str(output), storage).values()}
+    parts["cut.tar"].write_bytes(parts["cut.tar"].read_bytes()[:-1])
+    parts["lost.tar"].unlink()
+    (source / "gone.tar").rename(tmp_path / "gone.tar")
+    report = embed(config)
+    assert (report.shards["embedded"], report.shards["removed"]) == (2, 1)
+    (output / "retired").joinpath(f"{parts['gone.tar'].parent.name}.json").stat()
+    parts["gone.tar"].unlink()
+    (tmp_path / "gone.tar").rename(source / "gone.tar")
+    report = embed(config)  # its retired commit promises parts that are not there
+    assert (report.shards["embedded"], report.shards["restored"]) == (1, 0)
+    assert_same_rows(read_rows(output), first)
+    assert embed(replace(config, verify=True)).problems == ()
+
+
+def test_a_damaged_shard_whose_input_was_not_given_is_a_failure(tmp_path: Path, weights: Path):
+    output = tmp_path / "out"
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / f"{name}.tar", [("x.jpg", make_jpeg(1))])
+        embed(make_config(tmp_path / name, output, weights))
+    (commit,) = [c for c in list_commits(str(output), Storage()).values() if c.name == "a.tar"]
+    (output / commit.parts[0].path).unlink()
+    with pytest.raises(StorageError, match=r"a\.tar: .*\.parquet is missing"):
+        embed(make_config(tmp_path / "b", output, weights))
+    embed(make_config(tmp_path / "a", output, weights))
+    assert set(read_rows(output)) == {"a.tar/x.jpg", "b.tar/x.jpg"}
 
 
 def test_carried_columns_classes_and_half_precision_go_with_the_rows(tmp_path: Path, weights: Path):
