@@ -1,7 +1,7 @@
 """One live run per output: a lease object that its holder keeps fresh.
 
-The lease saves work; it is not what keeps rows exact. Content-derived names do that even if two
-runs write at once.
+The lease saves work; it is not what keeps rows exact. Names from content and conditional commits do
+that even if two runs write at once.
 """
 
 import json
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 RENEW_S = 10.0
 EXPIRE_S = 60.0
 END_S = 30.0
-"""Longest that the end of a run waits for a store that does not take its lease back."""
+"""Longest that the end of a run waits for a store in trouble to release its lease."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,18 @@ class Holder:
         """Serialise for the lease object."""
         return json.dumps(asdict(self)).encode()
 
+    @classmethod
+    def from_json(cls, data: bytes) -> "Holder | None":
+        """Read ``to_json``; None where the object holds anything else."""
+        try:
+            values = json.loads(data)
+            holder = cls(**values)
+        except (ValueError, TypeError):
+            return None
+        texts = (holder.run_id, holder.host, holder.boot, holder.started)
+        fits = all(isinstance(text, str) for text in texts) and type(holder.pid) is int
+        return holder if fits and holder.pid > 0 else None
+
 
 def _read_boot() -> str:
     try:
@@ -69,12 +81,27 @@ def _read_boot() -> str:
 
 
 def _read_start(pid: int) -> str:
-    """Return when a process started, ``""`` where the system does not tell, or raise if gone."""
+    """Return when a process started, in clock ticks since boot.
+
+    Returns:
+        ``""`` where the system does not tell.
+
+    Raises:
+        ProcessLookupError: There is no such process, or only its exit status is left (a zombie).
+    """
     os.kill(pid, 0)
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+        values = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:
         return ""
+    if values[0] in "ZX":
+        raise ProcessLookupError(f"process {pid} has ended")
+    return values[19]
+
+
+def _now_s() -> float:
+    """Return seconds since boot, counting the time that the machine was suspended."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _is_alive(holder: Holder) -> bool:
@@ -111,6 +138,8 @@ class Lease:
         self._storage = storage
         self._expire_s = expire_s
         self._version = ""
+        self._renewed_s = _now_s()
+        self._renewing = threading.Lock()
         self._stop = threading.Event()
         self._lost: str | None = None
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
@@ -131,28 +160,36 @@ class Lease:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Give the lease back; a store in trouble gets it back later, or finds its holder dead."""
+        """Release the lease; if the store fails, it expires."""
         self._stop.set()
         self._thread.join(END_S)
 
     def check(self) -> None:
-        """Raise if another run took the lease over.
+        """Return only while this run holds the lease; call it before every write that counts.
+
+        A process that was paused (a virtual machine, SIGSTOP, swapping) for longer than a lease
+        lives may have lost it without having heard. So a lease that was not renewed for half that
+        time is renewed here, and that fails if another run has taken it over.
 
         Raises:
-            LeaseError: The lease was lost.
+            LeaseError: Another run took the lease over.
+            StorageError: The store does not let it be renewed.
         """
+        if self._lost is None and _now_s() - self._renewed_s > self._expire_s / 2:
+            self._renew_once()
         if self._lost is not None:
             raise LeaseError(self._lost)
 
     def _give_back(self) -> None:
-        # A lease that storage will not delete belongs to a dead process soon; no error for that.
+        # A lease that storage does not delete expires; that is no error.
         with suppress(StorageError):
             if self._storage.read_versioned(self._uri)[1] == self._version:
                 self._storage.delete([self._uri])
 
     def _acquire(self) -> str:
-        mine = Holder.here(self._run_id).to_json()
         for _ in range(3):
+            mine = Holder.here(self._run_id).to_json()
+            self._renewed_s = _now_s()
             try:
                 return self._storage.put_if_absent(self._uri, mine)
             except ConflictError:
@@ -162,6 +199,7 @@ class Lease:
             except ObjectMissingError:
                 continue
             self._await_death(data, version)
+            self._renewed_s = _now_s()
             try:
                 return self._storage.put_if_version(self._uri, mine, version)
             except (ConflictError, ObjectMissingError):
@@ -169,18 +207,23 @@ class Lease:
         raise LeaseError(f"{self._uri} keeps changing hands; another run is starting as well")
 
     def _await_death(self, data: bytes, version: str) -> None:
-        holder = self._parse(data)
-        if holder is None or holder.boot == _read_boot():
-            if holder is None or not _is_alive(holder):
+        """Return once the holder is dead.
+
+        A process of this machine can be looked up. Any other is dead when its lease stays unchanged
+        for ``expire_s`` by this machine's clock; what its own clock says does not count.
+
+        Raises:
+            LeaseError: The holder lives.
+        """
+        holder = Holder.from_json(data)
+        if holder is not None and holder.boot == _read_boot():
+            if not _is_alive(holder):
                 return
             raise LeaseError(self._describe(holder))
-        # Clocks of two machines differ, so only a lease seen unchanged here for long is dead;
-        # one that is stale by its own clock by an hour needs no waiting.
-        if time.time() - holder.renewed_s > 60 * self._expire_s:
-            return
-        _log.info(
-            "lease of another machine run=%s host=%s; taken over if unchanged for %g s",
-            *(holder.run_id, holder.host, self._expire_s),
+        who = "an unknown holder" if holder is None else f"run {holder.run_id} on {holder.host}"
+        _log.warning(
+            "%s is held by %s; waiting %g s to see whether it is renewed, then taking it over",
+            *(self._uri, who, self._expire_s),
         )
         deadline = time.monotonic() + self._expire_s
         while time.monotonic() < deadline:
@@ -191,13 +234,9 @@ class Lease:
             except ObjectMissingError:
                 return
 
-    def _parse(self, data: bytes) -> Holder | None:
-        try:
-            return Holder(**json.loads(data))
-        except (ValueError, TypeError):
-            return None
-
-    def _describe(self, holder: Holder) -> str:
+    def _describe(self, holder: Holder | None) -> str:
+        if holder is None:
+            return f"another program keeps changing {self._uri}; stop it, or use another --output"
         return (
             f"run {holder.run_id} (process {holder.pid} on {holder.host}) is writing there now: "
             f"{self._uri}; wait for it to end, or stop it"
@@ -205,12 +244,19 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._stop.wait(min(RENEW_S, self._expire_s / 4)):
+            with suppress(StorageError):  # the next renewal may pass; expiry allows several
+                self._renew_once()
+            if self._lost is not None:
+                return
+        self._give_back()
+
+    def _renew_once(self) -> None:
+        with self._renewing:
+            asked_s = _now_s()
+            data = Holder.here(self._run_id).to_json()
             try:
-                data = Holder.here(self._run_id).to_json()
                 self._version = self._storage.put_if_version(self._uri, data, self._version)
             except (ConflictError, ObjectMissingError):
                 self._lost = f"another run took {self._uri} over; this one stops"
                 return
-            except StorageError:
-                continue  # a passing fault; the next renewal may pass, and expiry allows several
-        self._give_back()
+            self._renewed_s = asked_s

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -76,9 +77,69 @@ def test_a_process_id_that_was_used_again_does_not_keep_a_lease_alive(tmp_path: 
         assert read_holder(tmp_path).run_id == "mine"
 
 
-def test_a_lease_that_nobody_can_read_is_taken_over(tmp_path: Path):
-    (tmp_path / "lease.json").write_bytes(b"half a le")
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"half a le",
+        b"[1, 2]",
+        b"null",
+        b'{"run_id": "x"}',
+        *(
+            json.dumps(asdict(Holder.here("theirs")) | odd).encode()
+            for odd in (
+                {"pid": "7"},
+                {"pid": True},
+                {"pid": -1},
+                {"pid": 1e3},
+                {"boot": None},
+                {"started": 4},
+                {"renewed_s": "now"},
+            )
+        ),
+    ],
+)
+def test_a_lease_that_nobody_can_read_is_taken_over_when_it_stays_unchanged(
+    data: bytes, tmp_path: Path
+):
+    (tmp_path / "lease.json").write_bytes(data)
+    if b'"renewed_s": "now"' in data:  # what its clock says does not count
+        with pytest.raises(LeaseError, match="run theirs"), take(tmp_path):
+            pass
+        return
+    with take(tmp_path, expire_s=0.1):
+        assert read_holder(tmp_path).run_id == "mine"
+
+
+def test_a_process_that_has_ended_but_was_not_waited_for_is_dead(tmp_path: Path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie from here on
+    leave_behind(tmp_path, boot=Holder.here("").boot, pid=process.pid)
     with take(tmp_path):
+        assert read_holder(tmp_path).run_id == "mine"
+    process.wait()
+
+
+def test_a_process_that_was_paused_past_its_lease_notices_before_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its renewals slept with it, so the check itself has to ask the store."""
+    with take(tmp_path, expire_s=3600.0) as lease:  # no renewal comes within this test
+        now_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        leave_behind(tmp_path)  # another machine took it over
+        lease.check()
+        monkeypatch.setattr(time, "clock_gettime", lambda _: now_s + 3601.0)
+        with pytest.raises(LeaseError, match=r"another run took .* over; this one stops"):
+            lease.check()
+
+
+def test_a_long_pause_with_nobody_else_about_is_no_reason_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with take(tmp_path, expire_s=3600.0) as lease:
+        now_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        monkeypatch.setattr(time, "clock_gettime", lambda _: now_s + 3601.0)
+        lease.check()
         assert read_holder(tmp_path).run_id == "mine"
 
 
@@ -88,10 +149,20 @@ def test_a_run_on_another_machine_is_dead_when_its_lease_stays_unchanged(tmp_pat
         assert read_holder(tmp_path).run_id == "mine"
 
 
-def test_a_lease_that_is_hours_old_by_its_own_clock_needs_no_waiting(tmp_path: Path):
-    leave_behind(tmp_path, renewed_s=0.0)
-    with take(tmp_path, expire_s=600.0):
-        assert read_holder(tmp_path).run_id == "mine"
+@pytest.mark.parametrize("renewed_s", [0.0, 4e9])
+def test_a_holder_whose_clock_is_wrong_by_years_is_not_taken_for_dead(
+    renewed_s: float, tmp_path: Path
+):
+    data = leave_behind(tmp_path, renewed_s=renewed_s)
+
+    def renew() -> None:
+        STORAGE.put(str(tmp_path / "lease.json"), data + b" ")
+
+    timer = threading.Timer(0.3, renew)
+    timer.start()
+    with pytest.raises(LeaseError, match="run theirs"), take(tmp_path, expire_s=2.0):
+        pass
+    timer.join()
 
 
 def test_a_run_on_another_machine_that_renews_keeps_others_out(tmp_path: Path):
