@@ -24,7 +24,7 @@ from pipeline.service.lookups import LookupLimits, Lookups
 from pipeline.service.metrics import Meter, Metrics
 from pipeline.service.openapi import describe_app, describe_problems
 from pipeline.service.pictures import PictureLoader
-from pipeline.service.problems import TITLES, Problem
+from pipeline.service.problems import TITLES, Problem, explain_query
 from pipeline.service.routes import answer, get_lookups, router
 from pipeline.service.schema import Health
 from pipeline.storage import Storage
@@ -155,13 +155,9 @@ def _add_error_handlers(app: FastAPI) -> None:
         return error.to_response()
 
     @app.exception_handler(UnknownKeyError)
-    async def answer_unknown_key(_: Request, __: UnknownKeyError) -> Response:
-        detail = "no image of this key is indexed"
-        return Problem(404, "unknown_key", detail=detail).to_response()
-
     @app.exception_handler(QueryError)
-    async def answer_query(_: Request, error: QueryError) -> Response:
-        return Problem(422, "invalid_query", detail=str(error)).to_response()
+    async def answer_query(_: Request, error: QueryError | UnknownKeyError) -> Response:
+        return explain_query(error).to_response()
 
     @app.exception_handler(RequestValidationError)
     async def answer_validation(_: Request, error: RequestValidationError) -> Response:

@@ -4,6 +4,8 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from pipeline.errors import QueryError, UnknownKeyError
+
 TITLES = {
     400: "Bad request",
     401: "No valid API key",
@@ -52,6 +54,17 @@ class Problem(Exception):  # noqa: N818  # the name the standard gives it
         self.retry_after_s = retry_after_s
         self.where = where
 
+    def locate(self, path: str) -> "Problem":
+        """Return the same problem of a request that is at ``path`` in a larger one."""
+        where = path if self.where is None else f"{path}.{self.where}"
+        return Problem(
+            self.status,
+            self.code,
+            detail=self.detail,
+            retry_after_s=self.retry_after_s,
+            where=where if self.status < 500 else self.where,  # those are not the request's fault
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the body of the answer."""
         body: dict[str, Any] = {
@@ -76,6 +89,13 @@ class Problem(Exception):  # noqa: N818  # the name the standard gives it
             headers=headers,
             media_type="application/problem+json",
         )
+
+
+def explain_query(error: QueryError | UnknownKeyError) -> Problem:
+    """Return the answer to a query that the index refuses."""
+    if isinstance(error, UnknownKeyError):
+        return Problem(404, "unknown_key", detail="no image of this key is indexed")
+    return Problem(422, "invalid_query", detail=str(error))
 
 
 def overloaded(what: str, *, retry_after_s: float = 1.0) -> Problem:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 from starlette.convertors import Convertor, register_url_convertor
 
-from pipeline.errors import UnknownKeyError
+from pipeline.errors import QueryError, UnknownKeyError
 from pipeline.index.map import MapPoints
 from pipeline.index.search.generation import Snapshot
 from pipeline.index.search.search_index import Neighbour
@@ -26,7 +26,7 @@ from pipeline.service.forms import (
 )
 from pipeline.service.lookups import Lookups, Target
 from pipeline.service.openapi import describe_form_body, describe_json_body, describe_problems
-from pipeline.service.problems import Problem
+from pipeline.service.problems import Problem, explain_query
 from pipeline.service.queries import compile_filter
 from pipeline.service.results import list_public_columns, make_classes, make_results, show_columns
 from pipeline.service.schema import (
@@ -129,12 +129,32 @@ async def search(request: Request) -> Response:
     openapi_extra=describe_json_body("BatchRequest"),
 )
 async def search_batch(request: Request) -> Response:
-    """Answer several searches from one generation; one that is wrong fails them all."""
+    """Answer several searches from one generation; one that is wrong fails them all.
+
+    The problem's `where` begins with the number of that search, counted from 0.
+    """
     lookups = get_lookups(request)
     batch = await read_json(request, BatchRequest)
     snapshot = lookups.index.snapshot
-    responses = await asyncio.gather(*(lookups.search(s, snapshot) for s in batch.searches))
-    return answer(BatchResponse(responses=responses))
+    searches = (_search_one_of(batch, n, lookups, snapshot) for n in range(len(batch.searches)))
+    return answer(BatchResponse(responses=await asyncio.gather(*searches)))
+
+
+async def _search_one_of(
+    batch: BatchRequest, number: int, lookups: Lookups, snapshot: Snapshot
+) -> SearchResponse:
+    """Answer one search of a batch; what is wrong with it names its number.
+
+    Raises:
+        Problem: The search does not fit this index, or too much is waiting.
+    """
+    path = f"searches.{number}"
+    try:
+        return await lookups.search(batch.searches[number], snapshot)
+    except (QueryError, UnknownKeyError) as error:
+        raise explain_query(error).locate(path) from error
+    except Problem as problem:
+        raise problem.locate(path) from problem
 
 
 @router.post(

@@ -255,6 +255,25 @@ def test_one_wrong_search_fails_its_batch(http):
     check_problem(http.post("/v1/search/batch", json={"searches": []}), 422, "invalid_request")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "where"),
+    [
+        ({"query": {"key": KEY}, "filter": "color = teal"}, "searches.2.filter"),
+        ({"query": {"key": KEY}, "k": 0}, "searches.2.k"),
+        ({"query": {"key": KEY}, "space": "0123456789abcdef"}, "searches.2.space"),
+        ({"query": {"key": "no such key"}}, "searches.2"),
+        ({"query": {"vector": [1.0]}}, "searches.2.query.vector"),
+        ({"query": {"vector_base64": "AAAA"}}, "searches.2.query.vector_base64"),
+        ({"query": {"image_base64": "aGVsbG8="}}, "searches.2.query.image_base64"),
+    ],
+)
+def test_a_wrong_search_of_a_batch_is_named_by_its_number(http, wrong, where):
+    fine = {"query": {"key": KEY}, "k": 2}
+    response = http.post("/v1/search/batch", json={"searches": [fine, fine, wrong, fine]})
+    assert response.json()["where"] == where
+    assert response.status_code in (404, 409, 422)
+
+
 def test_an_item_shows_its_metadata_neighbours_and_vector(http, service):
     item = http.get(f"/v1/items/{KEY}", params={"neighbours": 3, "vector": True}).json()
     assert item["key"] == KEY

@@ -110,9 +110,16 @@ def check_vectors(vectors: npt.ArrayLike, info: IndexInfo) -> Floats:
             f"the query has shape {np.shape(vectors)}; this index of {info.space.backbone} holds "
             f"vectors of {info.dim}"
         )
-    if not np.isfinite(queries).all():
-        raise QueryError("the query holds NaN or infinite values; embed the image again")
+    infinite = np.asarray(~np.isfinite(queries).all(axis=1))
+    if infinite.any():
+        raise QueryError(f"{_name(infinite)} holds NaN or infinite values; embed the image again")
     norms = np.linalg.norm(queries, axis=1, keepdims=True)
-    if (norms < MIN_NORM).any():
-        raise QueryError("the query is a zero vector; it has no nearest neighbours")
+    short = np.asarray(norms[:, 0] < MIN_NORM)
+    if short.any():
+        raise QueryError(f"{_name(short)} is a zero vector; it has no nearest neighbours")
     return np.asarray(queries / norms, np.float32)
+
+
+def _name(chosen: npt.NDArray[np.bool_]) -> str:
+    """Return what messages call the first chosen query; one of several is named by its row."""
+    return "the query" if len(chosen) == 1 else f"query {int(chosen.argmax())} of {len(chosen)}"

@@ -207,7 +207,9 @@ def test_a_deleted_key_is_not_suggested(built_flat: Built):
         (np.ones((1, 1, 64)), "shape \\(1, 1, 64\\)"),
         (np.full(64, np.nan), "NaN or infinite"),
         (np.full(64, np.inf), "NaN or infinite"),
-        (np.zeros(64), "zero vector"),
+        (np.zeros(64), "the query is a zero vector"),
+        (np.stack([np.ones(64), np.zeros(64)]), "query 1 of 2 is a zero vector"),
+        (np.stack([np.ones(64)] * 3 + [np.full(64, np.nan)]), "query 3 of 4 holds NaN"),
         (["a"] * 64, "not an array of numbers"),
     ],
 )
