@@ -149,7 +149,8 @@ class Corpus:
             "embedding": pa.array(embeddings, pa.list_(pa.float32(), self.dim)),
         }
         for column in self.carry:
-            columns[column] = [f"class {place % 10}" for place in places]
+            untold = pa.types.is_null(self.info.schema.field(column).type)
+            columns[column] = [None if untold else f"class {place % 10}" for place in places]
         return pa.table(columns, schema=self.info.schema)
 
 

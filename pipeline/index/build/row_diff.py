@@ -104,7 +104,8 @@ def _equal_values(left: pa.ChunkedArray, right: pa.ChunkedArray) -> Flags:
     if pa.types.is_nested(left.type):
         pairs = zip(left.to_pylist(), right.to_pylist(), strict=True)
         return np.fromiter((a == b for a, b in pairs), bool, len(left))
-    equal = pc.equal(left, right.cast(left.type)).fill_null(False)
+    kind = right.type if pa.types.is_null(left.type) else left.type
+    equal = pc.equal(left.cast(kind), right.cast(kind)).fill_null(False)
     both_null = pc.and_(pc.is_null(left), pc.is_null(right))
     return np.asarray(pc.or_(equal, both_null).to_numpy(zero_copy_only=False), bool)
 
@@ -138,7 +139,8 @@ def read_ranges(
             np.zeros(0, "U1"),
             np.zeros(0, int),
         )
-    return pa.concat_tables(tables), np.concatenate(owners), np.concatenate(numbers)
+    joined = pa.concat_tables(tables, promote_options="default")  # nulls only take any type
+    return joined, np.concatenate(owners), np.concatenate(numbers)
 
 
 def read_key_rows(segment: SegmentInfo, first: int, rows: int, *, files: FileStore) -> pa.Table:

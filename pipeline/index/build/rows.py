@@ -18,6 +18,7 @@ from pipeline.errors import CorruptionError, ObjectMissingError
 from pipeline.index.faiss.codes import Floats, Halves
 from pipeline.index.files import FileStore
 from pipeline.index.manifest import FileInfo, SegmentInfo, ShardRows
+from pipeline.output.info import read_output_info
 from pipeline.records import Commit
 from pipeline.storage import Storage, join_uri
 from pipeline.index.vectors import Flags
@@ -89,12 +90,6 @@ class Block:
     keys: pa.Table
     shards: tuple[tuple[str, int, int], ...] = ()
     skipped: Mapping[str, int] = field(default_factory=dict)
-
-
-def key_columns(schema: pa.Schema) -> pa.Schema:
-    """Return the columns of a segment's keys for parts of this schema."""
-    kept = [item for item in schema if item.name not in _DROPPED_COLUMNS]
-    return pa.schema([*kept, pa.field("norm", pa.float32(), nullable=False)])
 
 
 def read_part(embeddings: str, source: PartSource, storage: Storage) -> pa.Table:
@@ -184,6 +179,15 @@ def read_segment_rows(source: SegmentSource, files: FileStore, dim: int) -> Iter
         yield Block(normalise_rows(chosen), keys, (("", len(chosen), 0),))
 
 
+def complete_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return the table with the types of ``schema`` for its columns of the type ``null``."""
+    for number, item in enumerate(table.schema):
+        if pa.types.is_null(item.type) and item.name in schema.names:
+            nulls = pa.nulls(len(table), schema.field(item.name).type)
+            table = table.set_column(number, item.name, nulls)
+    return table
+
+
 def list_parts(commits: Iterable[Commit]) -> list[PartSource]:
     """Return the parts of commits that hold a vector, in order."""
     return [
@@ -201,14 +205,22 @@ def iter_blocks(
     files: FileStore,
     dim: int,
 ) -> Iterator[Block]:
-    """Yield the rows of all sources in order, about ``BLOCK_ROWS`` at a time."""
+    """Yield the rows of all sources in order, about ``BLOCK_ROWS`` at a time.
+
+    All keys have the columns' types as the embeddings record them now: a column that held nothing
+    but nulls may have got its type since some of the sources were written.
+    """
     parts = [source for source in sources if isinstance(source, PartSource)]
     segments = [source for source in sources if isinstance(source, SegmentSource)]
+    info = read_output_info(embeddings, files.storage)
+    schema = info.schema if info is not None else pa.schema([])
     for segment in segments:
-        yield from read_segment_rows(segment, files, dim)
+        for block in read_segment_rows(segment, files, dim):
+            yield replace(block, keys=complete_columns(block.keys, schema))
     read = partial(read_part_rows, embeddings, storage=files.storage)
     waiting: list[Block] = []
     for block in read_ahead(read, parts):
+        block = replace(block, keys=complete_columns(block.keys, schema))
         waiting.append(block)
         if sum(len(item.vectors) for item in waiting) >= BLOCK_ROWS:
             yield merge_blocks(waiting)

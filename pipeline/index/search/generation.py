@@ -70,8 +70,12 @@ class Generation:
 
     @property
     def columns(self) -> pa.Schema:
-        """Stored columns but the vector."""
-        return self.segments[0].keys.schema
+        """Stored columns but the vector.
+
+        A column that held nothing but nulls when a segment was written has the type ``null``
+        there, and in later segments the type that it got.
+        """
+        return pa.unify_schemas([segment.keys.schema for segment in self.segments])
 
     def search(
         self,
