@@ -101,7 +101,7 @@ class EmbedConfig:
     actors: int | None = None
     """Number of embedder actors; one per GPU, or one per CPU core, otherwise."""
     cpus_per_actor: float | None = None
-    """CPU cores of an actor: decode threads beside a GPU, torch threads without one."""
+    """CPU cores of an actor: decode processes, and torch threads without a GPU."""
     gpus_per_actor: float | None = None
     """GPUs of an actor; fractions share a GPU. Without one set, 1 where the cluster has GPUs."""
     max_pixels: int = 200_000_000

@@ -70,6 +70,10 @@ class ClusterError(AbortError):
     """Ray gave the run up: a process kept dying, or something failed that is no known fault."""
 
 
+class ShortageError(AbortError):
+    """This machine kept running short of memory, descriptors or processes; no image's fault."""
+
+
 class CorruptionError(AbortError):
     """Stored data does not match its recorded digest, count or schema."""
 

@@ -13,13 +13,14 @@ import torch
 
 from pipeline.config import EmbedConfig, parse_size
 from pipeline.embed_job.crop_table import CROPS_SCHEMA, pack_crops, unpack_crops
+from pipeline.embed_job.deaths import count_deaths
 from pipeline.embed_job.efficiency import IdleClock
 from pipeline.embed_job.metrics import ActorMetrics, LoadSample
 from pipeline.embed_job.prepare import make_read_options
-from pipeline.embed_job.quarantine import Quarantine
 from pipeline.embed_job.resources import Resources
 from pipeline.embed_job.wire import FailedShard, Load, Receipt, pack_receipts, unpack_loads
 from pipeline.errors import AbortError, AccessError, SettingsError, ShardError, StorageError
+from pipeline.images.buffers import SharedBuffers
 from pipeline.images.decode import ImageLimits
 from pipeline.images.host import Crop
 from pipeline.inference.embedder import Embedder, EmbedderOptions, make_crop_maker
@@ -72,17 +73,19 @@ class DecodeActor:
     """A process that turns loads into loads of crops, for embedders on other nodes."""
 
     def __init__(self, settings: FlowSettings) -> None:
-        options = replace(settings.embedder, device="cpu", decode_threads=1)
-        self._crops = make_crop_maker(settings.info.space, options)
-        self._quarantine = Quarantine(settings.run_id, options.limits)
+        space = settings.info.space
+        options = replace(settings.embedder, device="cpu", decode_processes=1)
+        buffers = SharedBuffers(options.batch_size, space.image_size)
+        self._crops = make_crop_maker(space, options, buffers)
+        self._run_id = settings.run_id
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Map a table of loads to one of crops."""
         return pa.concat_tables([self._decode(load) for load in unpack_loads(batch)])
 
     def _decode(self, load: Load) -> pa.Table:
-        with self._quarantine.enter(load) as safe:
-            return pack_crops(safe, list(self._crops.make(safe.records)))
+        with count_deaths(self._run_id, load):
+            return pack_crops(load, list(self._crops.make(load.records)))
 
 
 class EmbedActor:
@@ -97,7 +100,6 @@ class EmbedActor:
             self._embedder = make_embedder(settings)
         except AbortError as error:
             self._failure = error
-        self._quarantine = Quarantine(settings.run_id, settings.embedder.limits)
         self._metrics = ActorMetrics(settings.run_id)
         self._idle = IdleClock()
         self._writers = ThreadPoolExecutor(_WRITE_THREADS, "write")
@@ -117,8 +119,8 @@ class EmbedActor:
         try:
             if self._failure is not None:
                 raise self._failure
-            with self._idle.interrupted() as idle_s, self._quarantine.enter(load) as safe:
-                receipts = list(self._embed_load(safe, crops))
+            with self._idle.interrupted() as idle_s, count_deaths(self._settings.run_id, load):
+                receipts = list(self._embed_load(load, crops))
             return self._record(_add_times(receipts, idle_s, time.perf_counter() - start_s))
         except AbortError as error:
             return [Receipt("", -1, True, fatal=error)]
@@ -220,10 +222,9 @@ def make_flow_settings(
     limits = ImageLimits(
         max_pixels=config.max_pixels,
         max_image_bytes=parse_size(config.max_image_bytes, setting="max_image_bytes"),
-        timeout_s=config.image_timeout_s,
     )
     on_gpu = resources.gpus > 0
-    threads = max(1, round(resources.cpus))
+    cores = max(1, round(resources.cpus))
     _check_device(config, "cuda" if on_gpu else "cpu")
     return FlowSettings(
         run_id=run_id,
@@ -236,8 +237,8 @@ def make_flow_settings(
             device="cuda" if on_gpu else "cpu",
             engine=config.engine,
             batch_size=config.batch_size or (128 if on_gpu else 16),
-            decode_threads=threads,
-            torch_threads=None if on_gpu else threads,
+            decode_processes=cores,
+            torch_threads=None if on_gpu else cores,
             limits=limits,
             image_timeout_s=config.image_timeout_s,
             top_k_classes=info.layout.top_k_classes,

@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -195,11 +195,11 @@ def time_sample(records: Sequence[Record], settings: FlowSettings, resources: Re
 
     @ray.remote(num_cpus=0.9 * resources.cpus, num_gpus=resources.gpus)  # type: ignore[untyped-decorator]
     def embed_twice(sample: Sequence[Record]) -> float:
-        embedder = make_embedder(settings)
-        embedder.embed(sample)
-        start_s = time.perf_counter()
-        embedder.embed(sample)
-        return len(sample) / (time.perf_counter() - start_s)
+        with closing(make_embedder(settings)) as embedder:
+            embedder.embed(sample)
+            start_s = time.perf_counter()
+            embedder.embed(sample)
+            return len(sample) / (time.perf_counter() - start_s)
 
     with _explaining_faults():
         return float(ray.get(embed_twice.remote(records)))

@@ -29,9 +29,9 @@ class Resources:
 def fit_actors(config: EmbedConfig, nodes: Sequence[Mapping[str, float]]) -> Resources:
     """Return the actors that fit the nodes: one per GPU, otherwise one per CPU core.
 
-    An actor lives on one node, so each node is counted by itself, and the decode threads beside a
-    GPU are those that every node with GPUs can give. A decode stage gets the cores that are left
-    of the whole cluster; without GPUs, that is half of them.
+    An actor lives on one node, so each node is counted by itself, and the decode processes beside a
+    GPU are those that every node with GPUs can give. A decode stage gets the cores that are left of
+    the whole cluster; without GPUs, that is half of them.
 
     Args:
         config: Numbers set by the user go first.

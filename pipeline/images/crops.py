@@ -1,10 +1,21 @@
-"""Records to crops: the host's share of the work, in threads, with a time limit for each image."""
+"""Records to crops: the host's share of the work, in processes or in the caller's thread."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from pipeline.errors import RecordError
-from pipeline.images.decode import ImageLimits, image_digest
+from pipeline.images.batches import (
+    Batch,
+    describe_failure,
+    fill_batches,
+    gather_batches,
+    pass_on,
+)
+from pipeline.images.buffers import SharedBuffers
+from pipeline.images.decode import ImageLimits
+from pipeline.images.decoder import Setup
 from pipeline.images.host import Crop, CropRecipe, make_crop
 from pipeline.images.pool import DecodePool
 from pipeline.images.resize import DataConfig
@@ -19,7 +30,7 @@ class CropMaker(Protocol):
         ...
 
     def close(self) -> None:
-        """Let its threads end."""
+        """Let its threads and processes end."""
         ...
 
 
@@ -44,38 +55,77 @@ class HostCropMaker:
     """Decodes with Pillow on the CPU.
 
     Args:
-        space: Says the geometry, and how to decode.
-        limits: Images beyond these are refused.
-        threads: Number of threads; with 0 the caller's own decodes, without a time limit.
+        recipe: How encoded bytes become a crop.
+        buffers: Where batches lie.
+        processes: Number of decode processes; with 0 the caller's own thread decodes, and nothing
+            protects it from images that hang or crash their decoder.
         timeout_s: Longest time one image may take.
     """
 
     def __init__(
-        self, space: Space, *, limits: ImageLimits, threads: int, timeout_s: float
+        self, recipe: CropRecipe, buffers: SharedBuffers, *, processes: int, timeout_s: float
     ) -> None:
-        self._recipe = recipe_of(space, limits)
-        self._pool = DecodePool(threads, timeout_s=timeout_s)
+        self._recipe = recipe
+        self._buffers = buffers
+        setup = Setup(recipe, timeout_s, buffers.batch_size)
+        self._pool = DecodePool(setup, buffers, processes=processes) if processes else None
 
     def make(self, records: Sequence[Record]) -> Iterator[Crop | Embedding]:
         """Yield a crop for each record in order, or what became of it instead."""
-        outcomes = self._pool.map_images(records, self._make_crop)
-        for record, outcome in zip(records, outcomes, strict=True):
-            if isinstance(outcome, RecordError):
-                yield describe_failure(record, outcome)
-            else:
-                yield outcome
+        if self._pool is None:
+            return map(self._make_here, records)
+        made: list[Crop | Embedding | None] = [None] * len(records)
+        for batch in self.make_batches(records, lambda: self._buffers.batch_size):
+            for crop, (index, _) in zip(_copy_crops(batch), batch.members, strict=True):
+                made[index] = crop
+            for index, known in batch.failed:
+                made[index] = known
+            self._buffers.give_back(batch.buffer)
+        return (item for item in made if item is not None)
+
+    def make_batches(
+        self, records: Sequence[Record], batch_size: Callable[[], int]
+    ) -> Iterator[Batch]:
+        """Yield batches of crops as they get ready, in whatever order; in the end, of all records.
+
+        Whoever takes a batch gives its buffer back.
+
+        Args:
+            records: The images.
+            batch_size: Says how many crops a batch should have, at most as many as buffers hold.
+
+        Raises:
+            ShortageError: This machine has no memory or no process left to decode with.
+        """
+        if self._pool is None:
+            return gather_batches(self.make(records), self._buffers, batch_size)
+        return fill_batches(self._pool, self._buffers, records, batch_size)
 
     def close(self) -> None:
-        """Let the threads end."""
-        self._pool.close()
+        """Let the processes end."""
+        if self._pool is not None:
+            self._pool.close()
 
-    def _make_crop(self, record: Record) -> Crop:
+    def _make_here(self, record: Record) -> Crop | Embedding:
         if record.status != "ok":
-            raise RecordError(record.status, record.error or "")
-        return make_crop(record.data, self._recipe)
+            return pass_on(record)
+        try:
+            return make_crop(record.data, self._recipe)
+        except RecordError as error:
+            return describe_failure(record, error)
 
 
-def describe_failure(record: Record, error: RecordError) -> Embedding:
-    """Return the outcome of an image that cannot be embedded."""
-    digest = image_digest(record.data) if record.data else None
-    return Embedding(error.status, error.reason, digest=digest)
+def _copy_crops(batch: Batch) -> Iterator[Crop]:
+    """Yield the crops of a batch as arrays of their own, the CPU time shared among them."""
+    shares = {
+        stage: seconds / max(1, len(batch.members)) for stage, seconds in batch.seconds.items()
+    }
+    for pixels, (_, known) in zip(np.array(batch.pixels), batch.members, strict=True):
+        yield Crop(
+            pixels,
+            known.width or 0,
+            known.height or 0,
+            known.digest or b"",
+            decode_s=shares["decode"],
+            transform_s=shares["transform"],
+        )

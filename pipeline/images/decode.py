@@ -23,9 +23,11 @@ images, which that clips to white. Opaque RGB and 8-bit grey pictures are equal 
 for the orientation. TIFF is turned by Pillow itself in either.
 """
 
+import errno
 import functools
 import hashlib
 import io
+import mmap
 import re
 import struct
 import warnings
@@ -36,8 +38,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageChops
 
-from pipeline.errors import RecordError, describe_excess_bytes
-from pipeline.images.jpeg2000 import load_jpeg2000
+from pipeline.errors import RecordError, ShortageError, describe_excess_bytes
 
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI"),
@@ -70,6 +71,12 @@ _TRUNCATED = re.compile(
     re.IGNORECASE,
 )
 
+_SHORTAGES = {errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOSPC}
+
+_SPARE_BYTES = 64 * 2**20
+
+_BYTES_PER_PIXEL = 16  # decoded as RGBA, and converted a few times
+
 _PILLOW_MODULES = re.compile(r"PIL\.")
 
 _ORIENTATION_TAG = 0x0112
@@ -95,13 +102,10 @@ class ImageLimits:
     Attributes:
         max_pixels: Most pixels, width times height as the header says, before any is allocated.
         max_image_bytes: Most encoded bytes.
-        timeout_s: Longest time for a decoder that runs in its own process (JPEG 2000), seconds;
-            a ``DecodePool`` holds a limit over all.
     """
 
     max_pixels: int = 200_000_000
     max_image_bytes: int = 256 * 2**20
-    timeout_s: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +150,7 @@ def decode_image(
         RecordError: The image cannot or must not be decoded. Its status is ``unsupported`` (no
             known format), ``too_large``, ``truncated`` or ``unreadable``. Nothing else is raised,
             whatever the bytes.
+        ShortageError: It might decode, but this machine is short of memory or descriptors.
     """
     _refuse_by_length(data, limits)
     _ignore_pillow_warnings()
@@ -153,11 +158,27 @@ def decode_image(
         return _decode(data, limits, exif=exif, draft_size=draft_size)
     except RecordError:
         raise
-    except (MemoryError, Image.DecompressionBombError) as error:
-        reason = str(error) or "not enough memory to decode it"
-        raise RecordError("too_large", reason) from error
     except Exception as error:  # decoders raise anything on hostile bytes
+        if _is_shortage(error, read_header(data, limits=limits)):
+            words = f"this machine is short of memory or descriptors: {error or 'no memory'}"
+            raise ShortageError(f"{words}; give it more memory, or lower --max-pixels") from error
         raise _describe_failure(data, error) from error
+
+
+def _is_shortage(error: Exception, header: "ImageHeader | None") -> bool:
+    """Tell a failure that the machine may be to blame for from one that is the image's own.
+
+    Decoders report a failed allocation in many ways, or as damage. So whatever they say, it counts
+    only if the memory that an image of this size can need is there to be had.
+    """
+    if isinstance(error, OSError) and error.errno in _SHORTAGES:
+        return True
+    pixels = header.size[0] * header.size[1] if header is not None else 0
+    try:
+        mmap.mmap(-1, _SPARE_BYTES + _BYTES_PER_PIXEL * pixels).close()
+    except (OSError, MemoryError):
+        return True
+    return False
 
 
 def _refuse_by_length(data: bytes, limits: ImageLimits) -> None:
@@ -217,7 +238,7 @@ def _decode(
         pixels = f"{width} x {height} is {width * height:,} pixels"
         raise RecordError("too_large", f"{pixels}; max_pixels is {limits.max_pixels:,}")
     draft = image.draft(None, (draft_size, draft_size)) if draft_size else None
-    image = _load_pixels(image, data, limits)
+    image.load()
     orientation = _read_orientation(image) if exif == "apply" else 1
     rgb = _convert_to_rgb(image, composite=exif == "apply")
     box = None
@@ -229,13 +250,6 @@ def _decode(
         rgb = rgb.transpose(_TURNS[orientation])
     size = (height, width) if orientation >= 5 else (width, height)
     return DecodedImage(rgb, width, height, size, box)
-
-
-def _load_pixels(image: Image.Image, data: bytes, limits: ImageLimits) -> Image.Image:
-    if image.format == "JPEG2000":
-        return load_jpeg2000(data, image.size, timeout_s=limits.timeout_s)
-    image.load()
-    return image
 
 
 def _open_image(data: bytes) -> Image.Image:
@@ -275,6 +289,8 @@ def _guess_content(data: bytes) -> str:
 
 
 def _describe_failure(data: bytes, error: Exception) -> RecordError:
+    if isinstance(error, MemoryError | Image.DecompressionBombError):
+        return RecordError("too_large", str(error) or "it asks for more memory than its size needs")
     words = str(error) or type(error).__name__
     truncated = isinstance(error, EOFError) or _TRUNCATED.search(words) or _is_cut_short(data)
     return RecordError("truncated" if truncated else "unreadable", words)

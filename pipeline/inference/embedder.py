@@ -1,8 +1,9 @@
 """Encoded images to embeddings on one device; knows nothing of Ray.
 
-Threads turn records into 8-bit crops; the caller's thread gathers them into batches, hands these
-to the engine, and collects the outcome of a batch while the next is on its way. Two callers may
-share an embedder: one's crops are made while the other's are in the forward pass.
+Decode processes turn records into 8-bit crops, in memory that they share with this one; the
+caller's thread hands whole batches of them to the engine, and collects the outcome of one while the
+next is on its way. Two callers may share an embedder: one's crops are made while the other's are in
+the forward pass.
 """
 
 import threading
@@ -10,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -18,7 +20,9 @@ from numpy.typing import NDArray
 
 from pipeline.backbones import create_backbone, load_weights, weights_digest
 from pipeline.errors import CorruptionError
-from pipeline.images.crops import CropMaker, HostCropMaker, data_config_of
+from pipeline.images.batches import Batch, gather_batches
+from pipeline.images.buffers import Pixels, SharedBuffers
+from pipeline.images.crops import CropMaker, HostCropMaker, data_config_of, recipe_of
 from pipeline.images.decode import ImageLimits
 from pipeline.images.gpu import GpuCropMaker
 from pipeline.images.host import Crop
@@ -28,8 +32,8 @@ from pipeline.inference.engines import (
     EngineName,
     EngineOptions,
     Forwarded,
-    Pixels,
     build_engine,
+    pin_memory,
 )
 from pipeline.records import Classes, Embedding, Record, Space
 from pipeline.storage import Storage
@@ -45,7 +49,8 @@ class EmbedderOptions:
         device: Torch device, e.g. ``"cuda"``.
         engine: What computes the forward pass.
         batch_size: Images in one forward pass.
-        decode_threads: Threads that decode; 0 decodes in the caller's thread without time limit.
+        decode_processes: Processes that decode; with 0 the caller's thread does, without a time
+            limit, and an image that crashes its decoder ends this process.
         torch_threads: Threads of a forward pass on the CPU; None leaves torch's setting alone.
         limits: Images beyond these are refused.
         image_timeout_s: Longest time one image may take to decode.
@@ -57,7 +62,7 @@ class EmbedderOptions:
     device: str = "cpu"
     engine: EngineName = "torch"
     batch_size: int = 16
-    decode_threads: int = 1
+    decode_processes: int = 1
     torch_threads: int | None = None
     limits: ImageLimits = field(default_factory=ImageLimits)
     image_timeout_s: float = 30.0
@@ -71,7 +76,7 @@ class EmbeddedBatch:
 
     Attributes:
         embeddings: One per record, in order.
-        seconds: Time by stage: ``decode`` and ``transform`` are CPU time, summed over threads;
+        seconds: Time by stage: ``decode`` and ``transform`` are CPU time, summed over processes;
             ``transfer`` (on a GPU only) and ``forward`` are how long the device was busy;
             ``wait`` is how long the caller had nothing to hand to it.
     """
@@ -80,12 +85,12 @@ class EmbeddedBatch:
     seconds: dict[str, float]
 
 
-def make_crop_maker(space: Space, options: EmbedderOptions) -> CropMaker:
+def make_crop_maker(space: Space, options: EmbedderOptions, buffers: SharedBuffers) -> CropMaker:
     """Return what decodes for a space; without a GPU, Pillow stands in for a GPU's decoder."""
     host = HostCropMaker(
-        space,
-        limits=options.limits,
-        threads=options.decode_threads,
+        recipe_of(space, options.limits),
+        buffers,
+        processes=options.decode_processes,
         timeout_s=options.image_timeout_s,
     )
     if space.decode != "gpu" or options.device == "cpu":
@@ -123,12 +128,16 @@ class Embedder:
     ) -> None:
         self.space = space
         self.options = options or EmbedderOptions()
+        self._lock = threading.Lock()
+        self._buffers = SharedBuffers(
+            self.options.batch_size,
+            space.image_size,
+            pin=partial(pin_memory, device=self.options.device),
+        )
+        self._crops = make_crop_maker(space, self.options, self._buffers)
         self._engine, self.deviation = self._build_engine(weights, storage)
         self.batch_size = self._engine.batch_size
         self.num_oom_halvings = 0
-        self._crops = make_crop_maker(space, self.options)
-        self._lock = threading.Lock()
-        self._spare: list[Pixels] = []
 
     def embed_images(self, images: Sequence[bytes]) -> list[Embedding]:
         """Embed encoded images, e.g. of a query."""
@@ -136,35 +145,41 @@ class Embedder:
         return self.embed(records).embeddings
 
     def embed(self, records: Sequence[Record]) -> EmbeddedBatch:
-        """Embed records; every one gets a status, whatever its bytes."""
+        """Embed records; every one gets a status, whatever its bytes.
+
+        Raises:
+            ShortageError: This machine has no memory or no process left to decode with.
+        """
+        if isinstance(self._crops, HostCropMaker):
+            return self._embed_batches(self._crops.make_batches(records, self._count_rows))
         return self.embed_crops(self._crops.make(records))
 
     def embed_crops(self, crops: Iterable[Crop | Embedding]) -> EmbeddedBatch:
         """Embed crops that were made before; what failed already is passed on in its place."""
-        outcomes: list[Embedding | None] = []
-        seconds = {"decode": 0.0, "transform": 0.0, "forward": 0.0, "wait": 0.0}
-        started: deque[_Batch] = deque()
-        batch = _Batch(self._take_buffer())
-        for crop in _time_waits(crops, seconds):
-            outcomes.append(None if isinstance(crop, Crop) else crop)
-            if not isinstance(crop, Crop):
-                continue
-            seconds["decode"] += crop.decode_s
-            seconds["transform"] += crop.transform_s
-            batch.add(len(outcomes) - 1, crop)
-            if len(batch.members) >= self.batch_size:
-                started.append(self._start(batch))
-                batch = _Batch(self._take_buffer())
-                while len(started) > self._engine.depth:
-                    self._collect(started.popleft(), outcomes, seconds)
-        started.append(self._start(batch))
-        for unfinished in started:
-            self._collect(unfinished, outcomes, seconds)
-        return EmbeddedBatch([o for o in outcomes if o is not None], seconds)
+        return self._embed_batches(gather_batches(crops, self._buffers, self._count_rows))
 
     def close(self) -> None:
-        """Let the decode threads end."""
+        """Let the decode processes end."""
         self._crops.close()
+        self._buffers.close()
+
+    def _count_rows(self) -> int:
+        return self.batch_size
+
+    def _embed_batches(self, batches: Iterator[Batch]) -> EmbeddedBatch:
+        outcomes: dict[int, Embedding] = {}
+        seconds = {"decode": 0.0, "transform": 0.0, "forward": 0.0, "wait": 0.0}
+        started: deque[_Started] = deque()
+        for batch in _time_waits(batches, seconds):
+            outcomes.update(batch.failed)
+            for stage, spent_s in batch.seconds.items():
+                seconds[stage] += spent_s
+            started.append(self._start(batch))
+            while len(started) > self._engine.depth:
+                self._collect(started.popleft(), outcomes, seconds)
+        for unfinished in started:
+            self._collect(unfinished, outcomes, seconds)
+        return EmbeddedBatch([outcomes[index] for index in range(len(outcomes))], seconds)
 
     def _build_engine(self, weights: str, storage: Storage | None) -> tuple[Engine, Deviation]:
         space, options = self.space, self.options
@@ -190,24 +205,21 @@ class Embedder:
         check_deviation(deviation, engine_options, space.backbone)
         return engine, deviation
 
-    def _take_buffer(self) -> Pixels:
-        try:
-            return self._spare.pop()
-        except IndexError:
-            return self._engine.allocate()
-
-    def _start(self, batch: "_Batch") -> "_Batch":
+    def _start(self, batch: Batch) -> "_Started":
         """Hand a batch to the engine; when memory runs out, go on with smaller ones for good."""
+        started = _Started(batch)
         if not batch.members:
-            return batch
-        try:
-            with self._lock:
-                batch.wait = self._engine.submit(batch.pixels)
-        except torch.OutOfMemoryError:
-            self._shrink(len(batch.members))
-            forwarded = self._forward_pieces(batch.pixels)
-            batch.wait = lambda: forwarded
-        return batch
+            return started
+        if len(batch.members) <= self.batch_size:
+            try:
+                with self._lock:
+                    started.wait = self._engine.submit(batch.pixels)
+                return started
+            except torch.OutOfMemoryError:
+                self._shrink(len(batch.members))
+        forwarded = self._forward_pieces(batch.pixels)
+        started.wait = lambda: forwarded
+        return started
 
     def _forward_pieces(self, pixels: Pixels) -> Forwarded:
         parts: list[Forwarded] = []
@@ -231,19 +243,19 @@ class Embedder:
             self._engine.shrink(self.batch_size)
 
     def _collect(
-        self, batch: "_Batch", outcomes: list[Embedding | None], seconds: dict[str, float]
+        self, started: "_Started", outcomes: dict[int, Embedding], seconds: dict[str, float]
     ) -> None:
-        if batch.wait is not None:
-            forwarded = batch.wait()
+        if started.wait is not None:
+            forwarded = started.wait()
             seconds["forward"] += forwarded.seconds
             if forwarded.transfer_s:
                 seconds["transfer"] = seconds.get("transfer", 0.0) + forwarded.transfer_s
-            described = self._describe(batch, forwarded)
-            for (index, _), outcome in zip(batch.members, described, strict=True):
+            described = self._describe(started.batch, forwarded)
+            for (index, _), outcome in zip(started.batch.members, described, strict=True):
                 outcomes[index] = outcome
-        self._spare.append(batch.buffer)
+        self._buffers.give_back(started.batch.buffer)
 
-    def _describe(self, batch: "_Batch", forwarded: Forwarded) -> Iterator[Embedding]:
+    def _describe(self, batch: Batch, forwarded: Forwarded) -> Iterator[Embedding]:
         classes = self._pick_classes(forwarded.logits)
         with np.errstate(over="ignore"):
             stored = forwarded.vectors.astype(self.options.embedding_dtype, copy=False)
@@ -264,22 +276,12 @@ class Embedder:
         return top.indices.to(torch.int16).numpy(), top.values.numpy()
 
 
-class _Batch:
-    """Crops on their way through the engine; of each its place, and its outcome but the vector."""
+@dataclass(slots=True)
+class _Started:
+    """A batch that the engine has, and the call that waits for the outcome."""
 
-    def __init__(self, buffer: Pixels) -> None:
-        self.buffer = buffer
-        self.members: list[tuple[int, Embedding]] = []
-        self.wait: Callable[[], Forwarded] | None = None
-
-    @property
-    def pixels(self) -> Pixels:
-        return self.buffer[: len(self.members)]
-
-    def add(self, index: int, crop: Crop) -> None:
-        self.buffer[len(self.members)] = crop.pixels
-        outcome = Embedding("ok", None, crop.width, crop.height, crop.digest)
-        self.members.append((index, outcome))
+    batch: Batch
+    wait: Callable[[], Forwarded] | None = None
 
 
 def _time_waits(items: Iterable[Item], seconds: dict[str, float]) -> Iterator[Item]:

@@ -20,7 +20,8 @@ from pipeline.embed_job.prepare import describe_output
 from pipeline.embed_job.resources import Resources
 from pipeline.embed_job.wire import FailedShard, Load
 from pipeline.errors import SettingsError
-from pipeline.images.crops import HostCropMaker
+from pipeline.images.buffers import SharedBuffers
+from pipeline.images.crops import HostCropMaker, recipe_of
 from pipeline.images.decode import ImageLimits
 from pipeline.images.gpu import GpuCropMaker, find_gpu_decoder_version
 from pipeline.inference.deviation import LARGEST_DEVIATION
@@ -70,7 +71,8 @@ def make_records(images: list[bytes]) -> list[Record]:
 
 
 def make_host(space: Space) -> HostCropMaker:
-    return HostCropMaker(space, limits=LIMITS, threads=1, timeout_s=30.0)
+    buffers = SharedBuffers(4, space.image_size)
+    return HostCropMaker(recipe_of(space, LIMITS), buffers, processes=0, timeout_s=30.0)
 
 
 def stack(embeddings: list[Embedding]) -> np.ndarray:

@@ -233,7 +233,7 @@ def embed_query(data: bytes, name: str, *, info: IndexInfo, storage: Storage) ->
         EmbedderOptions,
     )
 
-    options = EmbedderOptions(decode_threads=0)
+    options = EmbedderOptions(decode_processes=0)
     embedder = Embedder(info.space, weights=info.weights, options=options, storage=storage)
     [embedding] = embedder.embed_images([data])
     embedder.close()
