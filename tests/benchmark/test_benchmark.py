@@ -298,6 +298,7 @@ def test_a_profile_says_how_busy_a_device_was_kept(tmp_path: Path):
     assert found["images"] == 192
     assert 0 < found["device_busy"] < 1
     assert found["wall_ms"] > found["device_ms"] > 0
+    assert 0 < found["actor_ms"] < found["wall_ms"]
 
 
 def test_a_module_that_fails_says_why():

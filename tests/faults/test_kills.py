@@ -3,7 +3,7 @@
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -25,11 +25,20 @@ pytestmark = pytest.mark.slow
 
 def kill_workers(title: str) -> int:
     """Kill the processes of this session's own cluster that Ray has given a title."""
-    workers = [pid for pid in list_descendants(os.getpid()) if has_title(pid, f"ray::{title}")]
-    for pid in workers:
+    return kill_processes(lambda words: words.startswith(f"ray::{title}"))
+
+
+def kill_decoders() -> int:
+    """Kill the decode processes of this session's own cluster."""
+    return kill_processes(lambda words: "pipeline.images.decoder" in words)
+
+
+def kill_processes(is_victim: Callable[[str], bool]) -> int:
+    victims = [pid for pid in list_descendants(os.getpid()) if is_victim(read_command(pid))]
+    for pid in victims:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    return len(workers)
+    return len(victims)
 
 
 def list_descendants(pid: int) -> Iterator[int]:
@@ -40,11 +49,11 @@ def list_descendants(pid: int) -> Iterator[int]:
                 yield from list_descendants(int(child))
 
 
-def has_title(pid: int, title: str) -> bool:
+def read_command(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(title.encode())
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
     except OSError:
-        return False
+        return ""
 
 
 @pytest.mark.parametrize("trial", range(TRIALS))
@@ -79,6 +88,23 @@ def test_killed_actors_are_replaced(trial: int, undisturbed, fault_table, tmp_pa
         report = run.result()
     assert report.failed_shards == {}
     fault_table.check("embedder actors: SIGKILL mid-batch, twice", output, undisturbed.rows)
+
+
+@pytest.mark.parametrize("trial", range(TRIALS))
+def test_killed_decode_processes_are_replaced(trial: int, undisturbed, fault_table, tmp_path: Path):
+    output = tmp_path / "out"
+    config = replace(undisturbed.config, output=str(output))
+    dice = random.Random(f"decoder {trial}")
+    moments = sorted(dice.sample(range(1, CHUNKS - 6), 4))
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(embed, config)
+        for moment in moments:
+            wait_until(lambda m=moment: count_files(output, "parts") >= m or run.done())
+            wait_until(lambda: kill_decoders() or run.done())
+        report = run.result()
+    assert report.failed_shards == {}
+    fault_table.check("decode processes: SIGKILL, four times", output, undisturbed.rows)
+    assert kill_decoders() == 0  # they end with their actors
 
 
 def test_a_read_worker_killed_in_the_middle_of_a_shard_is_replaced(
