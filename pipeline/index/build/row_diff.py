@@ -101,11 +101,16 @@ def match_rows(new: pa.Table, old: pa.Table) -> tuple[Flags, np.ndarray]:
 
 
 def _equal_values(left: pa.ChunkedArray, right: pa.ChunkedArray) -> Flags:
-    if pa.types.is_nested(left.type):
+    """Tell which rows hold the same value: the same bits, so NaN is NaN, and -0.0 is not 0.0."""
+    kind = right.type if pa.types.is_null(left.type) else left.type
+    left, right = (side.cast(kind).combine_chunks() for side in (left, right))
+    if pa.types.is_floating(kind):
+        bits = {16: pa.uint16(), 32: pa.uint32(), 64: pa.uint64()}[kind.bit_width]
+        left, right = left.view(bits), right.view(bits)
+    if pa.types.is_nested(kind) or pa.types.is_null(kind):
         pairs = zip(left.to_pylist(), right.to_pylist(), strict=True)
         return np.fromiter((a == b for a, b in pairs), bool, len(left))
-    kind = right.type if pa.types.is_null(left.type) else left.type
-    equal = pc.equal(left.cast(kind), right.cast(kind)).fill_null(False)
+    equal = pc.equal(left, right).fill_null(False)
     both_null = pc.and_(pc.is_null(left), pc.is_null(right))
     return np.asarray(pc.or_(equal, both_null).to_numpy(zero_copy_only=False), bool)
 

@@ -1,3 +1,6 @@
+import math
+from decimal import Decimal
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -134,3 +137,29 @@ def test_a_row_stays_only_if_all_that_is_stored_of_it_is_equal(old, same):
 def test_nothing_matches_an_empty_segment():
     found, _ = match_rows(make_rows(), pa.table({"key": pa.array([], pa.large_string())}))
     np.testing.assert_array_equal(found, [False] * 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (pa.float16(), 0.5),
+        (pa.float16(), math.nan),
+        (pa.float64(), math.nan),
+        (pa.float64(), -0.0),
+        (pa.uint64(), 2**64 - 1),
+        (pa.decimal128(10, 2), Decimal("1.50")),
+        (pa.null(), None),
+        (pa.timestamp("ns", "UTC"), 1),
+        (pa.list_(pa.int16()), [1, None]),
+    ],
+)
+def test_a_row_stays_where_its_carried_values_do_whatever_their_type(kind, value):
+    carried = pa.array([value, None, value], kind)
+    found, _ = match_rows(make_rows(carried=carried), make_old(carried=carried))
+    assert found.tolist() == [True, True, False]
+
+
+def test_a_row_is_replaced_where_a_carried_number_changes_at_all():
+    old = make_old(carried=pa.array([0.0, math.nan, 1.0]))
+    found, _ = match_rows(make_rows(carried=pa.array([-0.0, None, 1.0])), old)
+    assert found.tolist() == [False, False, False]
