@@ -75,7 +75,7 @@ def verify_output(output: str, storage: Storage) -> VerifyReport:
     for found, part_keys in _check_parts(output, info, checks, storage):
         problems += found
         for key in part_keys:
-            digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+            digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
             if digest in keys:
                 problems.append(f"key {key!r} occurs more than once")
             keys.add(digest)

@@ -287,7 +287,7 @@ class Storage:
 
     def _store(self, uri: str) -> Store:
         # Connections survive neither a fork nor new credentials in the environment.
-        environment = hash(tuple(item for item in os.environ.items() if item[0][:4] == "AWS_"))
+        environment = tuple(item for item in os.environ.items() if item[0][:4] == "AWS_")
         return _connect((os.getpid(), environment), _split_protocol(uri)[0], self.options)
 
 
@@ -331,7 +331,9 @@ def _copy_to(*, source: BinaryIO, local_path: Path) -> None:
 
 
 @functools.lru_cache(maxsize=32)
-def _connect(_place: tuple[int, int], protocol: str, options: StorageOptions) -> Store:
+def _connect(
+    _place: tuple[int, tuple[object, ...]], protocol: str, options: StorageOptions
+) -> Store:
     if protocol == "file":
         return LocalStore()
     if protocol == "s3":
