@@ -1,6 +1,8 @@
 import asyncio
 import base64
+import datetime
 import json
+import math
 import tarfile
 from dataclasses import replace
 from urllib.parse import quote
@@ -18,7 +20,7 @@ from pipeline.images.decode import ImageLimits, decode_image
 from pipeline.index.search.where import compile_where
 from pipeline.records import Embedding
 from pipeline.service import queries
-from pipeline.service.results import list_public_columns, show_columns
+from pipeline.service.results import list_public_columns, make_results, show_columns
 from pipeline.service.schema import measure_filter
 from service.gallery import AWKWARD_KEYS, COLOURS, Gallery, make_image, make_vectors
 from service.services import ColourEmbedder, run_service
@@ -117,6 +119,29 @@ def test_bytes_in_carried_columns_stay_out_of_json(service):
     shown = show_columns(replace(hit, columns=dict(hit.columns) | {"raw": b"\xff"}))
     assert "colour" in shown
     assert "raw" not in shown
+
+
+def test_metadata_of_every_type_is_valid_json_and_loses_nothing(service):
+    values = {
+        "id": 2**64 - 1,
+        "price": math.nan,
+        "ratios": [-math.inf, 1.5],
+        "nested": {"raw": b"\xff"},
+        "day": datetime.date(2024, 5, 31),
+        "at": pa.scalar(1704067200123456789, pa.timestamp("ns", "UTC")).as_py(),
+        "lasts": datetime.timedelta(days=1, seconds=3),
+    }
+    hit = replace(service.index.snapshot.find(KEY), columns=values)
+    [result] = make_results([hit], service.index.snapshot, ["metadata"])
+    assert json.loads(result.model_dump_json(), parse_constant=pytest.fail)["metadata"] == {
+        "id": 2**64 - 1,
+        "price": None,
+        "ratios": [None, 1.5],
+        "nested": {"raw": "ff"},
+        "day": "2024-05-31",
+        "at": "2024-01-01T00:00:00.123456789Z",
+        "lasts": "P1DT3S",
+    }
 
 
 def test_vectors_come_when_asked_for(http, service):

@@ -1,7 +1,10 @@
+import datetime
 import io
 import json
+import math
 import re
 import tarfile
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +15,8 @@ import jobs.index
 import jobs.search
 from index.corpus import STORAGE, make_space
 from pipeline.backbones import load_weights, weights_digest
-from pipeline.index.search.command import Answer, Card, render_page
-from pipeline.index.search.search_index import SearchIndex
+from pipeline.index.search.command import Answer, Card, Query, SearchReport, render_page
+from pipeline.index.search.search_index import Neighbour, SearchIndex
 from pipeline.inference.embedder import Embedder, EmbedderOptions
 from pipeline.output.commits import write_commit
 from pipeline.output.info import OutputInfo, claim_output
@@ -134,6 +137,34 @@ def test_a_key_is_answered_as_json_alone(gallery, capsys):
     best = report["neighbours"][0]
     assert best["cls"] == "red"
     assert {"key", "score", "shard", "row", "offset", "nbytes", "sha256"} <= set(best)
+
+
+def test_values_of_every_type_are_valid_json_and_lose_nothing():
+    columns = {
+        "id": 2**64 - 1,
+        "price": math.nan,
+        "ratios": [1.0, math.inf],
+        "cost": Decimal("1.50"),
+        "taken": datetime.datetime(2024, 5, 31, 12, tzinfo=datetime.UTC),
+        "sha256": b"\xff",
+    }
+    hit = Neighbour("k", 0.5, "a.tar", 0, None, 1, columns)
+    report = SearchReport("index", "1", [Query("q", np.ones(2))], [[hit]], 0.1, info=None)
+    [shown] = json.loads(json.dumps(report.to_dict(), allow_nan=False))["neighbours"]
+    assert shown == {
+        "key": "k",
+        "score": 0.5,
+        "id": 2**64 - 1,
+        "price": None,
+        "ratios": [1.0, None],
+        "cost": "1.50",
+        "taken": "2024-05-31T12:00:00Z",
+        "sha256": "ff",
+    }
+    card = Card("k", None, columns=columns | {"extra": {"a": math.nan}})
+    page = render_page([Answer(card, [])], index="i", generation="1", facts="")
+    assert "<dd>2024-05-31T12:00:00Z</dd>" in page
+    assert "NaN" not in page
 
 
 def test_a_picture_finds_itself_with_a_cosine_of_one(gallery, capsys, tmp_path):
