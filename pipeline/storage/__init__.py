@@ -24,7 +24,7 @@ from pipeline.config import StorageOptions
 from pipeline.errors import ObjectMissingError, SettingsError, StorageError
 from pipeline.records import FailedObject, ObjectInfo
 from pipeline.storage.arrow import ArrowHandler
-from pipeline.storage.fsspec import connect_other
+from pipeline.storage.fsspec import OtherStore
 from pipeline.storage.local import LocalStore, write_atomically
 from pipeline.storage.ranges import Fetch, ObjectReader, Span, read_span
 from pipeline.storage.retry import retry
@@ -34,10 +34,6 @@ T = TypeVar("T")
 
 _READ_AHEAD_BYTES = 8 << 20
 _CONNECTIONS = 64
-_ODD_SLASHES = re.compile(r"(s3a?|gs|gcs|az|abfss?|hf|https?):/+(?=[^/])")
-_CHAIN = re.compile(
-    r"(zip|tar|libarchive|reference|dir|cached|filecache|simplecache|blockcache)(://.*)?::\w+:"
-)
 _PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 
 
@@ -99,6 +95,18 @@ class Storage:
         found = [entry for entry in entries if isinstance(entry, ObjectInfo)]
         failed = [entry for entry in entries if isinstance(entry, FailedObject)]
         return sorted(found, key=lambda o: o.uri), sorted(failed, key=lambda o: o.uri)
+
+    def list_unfinished(self, uri: str) -> list[ObjectInfo]:
+        """Return the files that writers have begun under a folder, or were killed over.
+
+        Local files only: elsewhere nothing shows before it is whole, and what was uploaded of the
+        rest is cleared away by a rule of the bucket.
+        """
+        uri = normalise_uri(uri)
+        store = self._store(uri)
+        if not isinstance(store, LocalStore):
+            return []
+        return sorted(store.list_unfinished(uri), key=lambda info: info.uri)
 
     def stat(self, uri: str) -> ObjectInfo:
         """Describe one object.
@@ -301,29 +309,15 @@ def normalise_uri(text: str) -> str:
     ``file://`` and relative paths become absolute paths, ``s3a://`` becomes ``s3://``.
 
     Raises:
-        SettingsError: The text is empty, names no bucket, or is a URI of another program's making.
+        SettingsError: The text is empty.
     """
     if not text.strip():
         raise SettingsError("a URI is empty; give a path, or a URI such as s3://bucket/prefix")
-    _refuse_lookalikes(text)
     protocol, rest = _split_protocol(text)
     if protocol == "file":
         path = unquote(rest.removeprefix("localhost")) if "://" in text else rest
         return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111
     return f"{protocol}://{rest.rstrip('/')}"
-
-
-def _refuse_lookalikes(text: str) -> None:
-    slashes = _ODD_SLASHES.match(text)
-    if slashes and slashes[0] != f"{slashes[1]}://":
-        fixed = f"{slashes[1]}://{text[len(slashes[0]) :]}"
-        raise SettingsError(f"{text!r} has too few or too many slashes; write {fixed}")
-    if text.startswith("pipe:"):
-        raise SettingsError(f"{text!r} is a command, and none is run; give the URIs it would read")
-    if _CHAIN.match(text):
-        raise SettingsError(f"{text!r} chains protocols; give the URI of the object itself")
-    if text in ("s3://", "gs://", "az://", "hf://", "http://", "https://"):
-        raise SettingsError(f"{text!r} names nothing; add the bucket or host, and the path there")
 
 
 def join_uri(base: str, *parts: str) -> str:
@@ -356,7 +350,13 @@ def _connect(
         return LocalStore()
     if protocol == "s3":
         return S3Store(_connect_s3(options), attempts=options.storage_attempts)
-    return connect_other(protocol)
+    try:
+        filesystem = open_filesystem(protocol, use_listings_cache=False)
+    except (ValueError, ImportError) as error:
+        raise StorageError(
+            f"cannot reach {protocol}://: {error}; check the URI, or install what it needs"
+        ) from error
+    return OtherStore(filesystem, protocol=protocol)
 
 
 def _connect_s3(options: StorageOptions) -> Any:

@@ -5,6 +5,7 @@ import uuid
 from hashlib import sha256
 
 _OWN = re.compile(r"\.~(?:lock-)?[0-9a-f]{32}")
+_UNFINISHED = re.compile(r"\.~[0-9a-f]{32}")
 
 
 def name_unfinished() -> str:
@@ -21,3 +22,8 @@ def is_listed(path: str) -> bool:
     """Tell whether a listing shows ``path``: neither a folder marker nor one of our own files."""
     name = path.rpartition("/")[2]
     return bool(name) and _OWN.fullmatch(name) is None
+
+
+def is_unfinished(path: str) -> bool:
+    """Tell whether ``path`` names a file being written; it stays if its writer is killed."""
+    return _UNFINISHED.fullmatch(path.rpartition("/")[2]) is not None

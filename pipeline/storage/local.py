@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, cast
 
 from pipeline.errors import ConflictError, ObjectChangedError, RetryError, StorageError
 from pipeline.records import FailedObject, ObjectInfo
-from pipeline.storage.hidden import is_listed, name_lock, name_unfinished
+from pipeline.storage.hidden import is_listed, is_unfinished, name_lock, name_unfinished
 from pipeline.storage.ranges import Span
 from pipeline.storage.retry import is_passing, translate
 
@@ -38,6 +38,15 @@ class LocalStore:
             os.scandir(uri).close()  # raises where the folder itself is out of reach
             return list(_walk(uri, ancestors=frozenset()))
         return [_describe(uri, status)]
+
+    def list_unfinished(self, uri: str) -> list[ObjectInfo]:
+        """Return the files under a folder that were never finished; in no order."""
+        paths = (os.path.join(top, name) for top, _, names in os.walk(uri) for name in names)  # noqa: PTH118
+        found: list[ObjectInfo] = []
+        for path in filter(is_unfinished, paths):
+            with contextlib.suppress(FileNotFoundError):  # finished since
+                found.append(self.stat(path))
+        return found
 
     def stat(self, uri: str) -> ObjectInfo:
         """Describe one file."""
