@@ -78,6 +78,10 @@ class CorruptionError(AbortError):
     """Stored data does not match its recorded digest, count or schema."""
 
 
+class NewerFormatError(CorruptionError):
+    """Stored data that a newer version of this program wrote; nothing is wrong with it."""
+
+
 class PublishError(AbortError):
     """A generation was not published: a gate refused it, or another publisher won."""
 

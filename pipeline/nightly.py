@@ -2,10 +2,10 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from pipeline.config import IndexConfig, NightlyConfig
 from pipeline.embed_job.lease import Lease
@@ -21,10 +21,8 @@ from pipeline.embed_job.run import embed
 from pipeline.errors import AbortError, PipelineError, SettingsError
 from pipeline.images.decode import ImageLimits
 from pipeline.images.thumbnails import make_thumbnail
-from pipeline.index.files import FileStore, default_cache_dir
 from pipeline.index.job import IndexReport, build_index
 from pipeline.index.manifest import Manifest
-from pipeline.index.map import read_map
 from pipeline.index.pointer import read_current
 from pipeline.index.search.search_index import Neighbour, SearchIndex
 from pipeline.input.reader import read_record_bytes
@@ -32,6 +30,8 @@ from pipeline.log import LOG
 from pipeline.output.commits import list_commits
 from pipeline.records import describe_job
 from pipeline.storage import Storage, join_uri, normalise_uri
+
+Made = TypeVar("Made")
 
 _QUERIES = 4
 _NEIGHBOURS = 7
@@ -144,7 +144,8 @@ def _point_at(config: IndexConfig, output: str) -> IndexConfig:
 
 def _measure_freshness(embedded: EmbedReport, indexed: IndexReport) -> Freshness:
     now_s = time.time()
-    newest_s = embedded.newest_image_s
+    # A generation that a roll-back pins may be older than what was embedded.
+    newest_s = indexed.details.get("newest_image_s", embedded.newest_image_s)
     return Freshness(
         newest_image_s=newest_s,
         age_s=None if newest_s is None else now_s - newest_s,
@@ -159,17 +160,34 @@ def _write(config: NightlyConfig, report: NightlyReport, *, storage: Storage) ->
     runs = join_uri(report.embed.output, "runs")
     data = json.dumps(report.to_dict(), indent=2, ensure_ascii=False).encode()
     storage.put(join_uri(runs, "latest.json"), data)
-    page = _render_page(config, report.embed, storage)
-    storage.put(join_uri(runs, f"{report.embed.run_id}.html"), page.encode())
     if config.nightly.metrics_file is not None:
         target = normalise_uri(config.nightly.metrics_file)
-        storage.put(target, report.freshness.to_prometheus().encode())
+        metrics = report.freshness.to_prometheus().encode()
+        _try("the metrics file", lambda: storage.put(target, metrics), None)
+    page = join_uri(runs, f"{report.embed.run_id}.html")
+    _try(
+        "the page",
+        lambda: storage.put(page, _render_page(config, report.embed, storage).encode()),
+        None,
+    )
     LOG.info(
         "night generation=%s rows=%d action=%s",
         report.freshness.generation,
         report.freshness.indexed_rows,
         report.index.action,
     )
+
+
+def _try(what: str, make: Callable[[], Made], instead: Made) -> Made:
+    """Return what is made, or ``instead``, and a warning, if that fails for any reason.
+
+    For what a night shows but does not need: its images are embedded and its generation serves.
+    """
+    try:
+        return make()
+    except Exception as error:
+        LOG.warning("the night goes on without %s: %s: %s", what, type(error).__name__, error)
+        return instead
 
 
 def _render_page(config: NightlyConfig, embedded: EmbedReport, storage: Storage) -> str:
@@ -196,21 +214,21 @@ def describe_index(config: IndexConfig) -> IndexSection | None:
     """Return what there is to show of the generation that serves; None without one."""
     storage = Storage(config.storage)
     uri = normalise_uri(config.index)
-    cache = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
     manifest = read_current(uri, storage)
     if manifest is None:
         return None
     index = SearchIndex.open(
         uri, storage, generation=manifest.generation, cache_dir=config.cache_dir
     )
+    shown = partial(_show_query, index, storage=storage)
     return IndexSection(
         generation=manifest.generation,
         kind=manifest.codec.kind,
         rows=manifest.rows,
         recall=manifest.measured.get("recall"),
-        curve=_list_curve(manifest),
-        neighbours=[_show_query(index, query, storage) for query in _sample(index)],
-        map=_show_map(index, manifest, FileStore(uri, storage, cache)),
+        curve=_try("its curve", lambda: _list_curve(manifest), []),
+        neighbours=_try("its neighbours", lambda: [shown(query) for query in _sample(index)], []),
+        map=_try("its map", lambda: _show_map(index, storage), []),
     )
 
 
@@ -227,7 +245,7 @@ def _sample(index: SearchIndex) -> Sequence[Neighbour]:
     return index.snapshot.sample(_QUERIES, seed=0)
 
 
-def _show_query(index: SearchIndex, query: Neighbour, storage: Storage) -> list[ShownImage]:
+def _show_query(index: SearchIndex, query: Neighbour, *, storage: Storage) -> list[ShownImage]:
     found = index.snapshot.neighbours_of(query.key, _NEIGHBOURS)
     return [ShownImage(n.key, _show_picture(n, storage), n.score) for n in [query, *found]]
 
@@ -246,8 +264,8 @@ def _show_picture(neighbour: Neighbour, storage: Storage) -> str | None:
         return None
 
 
-def _show_map(index: SearchIndex, manifest: Manifest, files: FileStore) -> list[ShownImage]:
-    points = read_map(manifest.map, files)
+def _show_map(index: SearchIndex, storage: Storage) -> list[ShownImage]:
+    points = index.snapshot.opened.map
     if points is None:
         return []
     step = max(1, len(points.keys) // _MAP_POINTS)
@@ -256,7 +274,7 @@ def _show_map(index: SearchIndex, manifest: Manifest, files: FileStore) -> list[
     shown = [
         ShownImage(
             key,
-            _show_picture(index.snapshot.find(key), files.storage) if key in pictured else None,
+            _show_picture(index.snapshot.find(key), storage) if key in pictured else None,
             x=round(float(x), 1),
             y=round(float(y), 1),
         )

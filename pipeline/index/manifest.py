@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from pipeline.records import Space
+from pipeline.records import Space, digest_json
 from pipeline.storage import Storage, join_uri
 
 FORMAT_VERSION = 1
@@ -244,11 +244,18 @@ class Manifest:
     format: int = FORMAT_VERSION
 
     def list_files(self) -> list[FileInfo]:
-        """Return every file that the generation needs."""
+        """Return every file that the generation names."""
+        return self.list_needed() + ([] if self.map is None else [self.map])
+
+    def list_needed(self) -> list[FileInfo]:
+        """Return the files without which it can neither be searched nor built on.
+
+        The map is not among them: it is only to look at.
+        """
         files = [file for segment in self.segments for file in segment.files.values()]
         files += [tombstones.file for tombstones in self.tombstones.values()]
         files += self.queries.values()
-        files += [file for file in (self.codec.file, self.owners, self.map) if file is not None]
+        files += [file for file in (self.codec.file, self.owners) if file is not None]
         return files
 
     def to_json(self) -> bytes:
@@ -263,12 +270,16 @@ class Manifest:
             "owners": asdict(self.owners) if self.owners else None,
             "map": asdict(self.map) if self.map else None,
         }
-        return json.dumps(values, indent=1, ensure_ascii=False).encode() + b"\n"
+        return seal(values, indent=1)
 
     @classmethod
     def from_json(cls, data: bytes) -> "Manifest":
-        """Read ``to_json``."""
-        values = json.loads(data)
+        """Read ``to_json``.
+
+        Raises:
+            ValueError: It has been damaged, or is something else; so do KeyError and TypeError.
+        """
+        values = unseal(data)
         parsed = {
             "embeddings": EmbeddingsInfo.from_dict(values["embeddings"]),
             "codec": CodecInfo.from_dict(values["codec"]),
@@ -281,6 +292,32 @@ class Manifest:
             "map": _parse_file(values.get("map")),
         }
         return cls(**_pick(cls, values) | parsed)
+
+
+def seal(values: Mapping[str, Any], *, indent: int | None = None) -> bytes:
+    """Serialise values as JSON together with their digest, so that damage shows to any reader."""
+    plain = json.loads(json.dumps(values))  # tuples become lists, as whoever reads them gets them
+    sealed = plain | {"digest": digest_json(plain)}
+    return json.dumps(sealed, indent=indent, ensure_ascii=False).encode() + b"\n"
+
+
+def unseal(data: bytes, *, strict: bool = False) -> dict[str, Any]:
+    """Read ``seal``.
+
+    Args:
+        data: What was serialised.
+        strict: Refuse values without a digest; older programs wrote none.
+
+    Raises:
+        ValueError: It is no JSON object, or its digest is another.
+    """
+    values = json.loads(data)
+    if not isinstance(values, dict):
+        raise ValueError("no JSON object")
+    digest = values.pop("digest", None)
+    if digest != digest_json(values) and (strict or digest is not None):
+        raise ValueError("its content does not match its digest")
+    return values
 
 
 def _pick(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The map of a collection: a sample of its vectors laid out in two dimensions."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -9,10 +10,11 @@ from importlib.util import find_spec
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import CorruptionError
+from pipeline.errors import CorruptionError, PipelineError
 from pipeline.index.files import FileStore
-from pipeline.index.manifest import FileInfo, digest_bytes, put_file
-from pipeline.storage import Storage
+from pipeline.index.manifest import FileInfo, put_file
+
+LOG = logging.getLogger("pipeline.index")
 
 MAX_POINTS = 4000
 """More points than anybody can tell apart; enough to see what lies where."""
@@ -40,6 +42,11 @@ class MapPoints:
         if self.xy.shape != (len(self.keys), 2):
             raise ValueError(f"{len(self.keys)} keys do not fit points of shape {self.xy.shape}")
 
+    def keep(self, chosen: npt.NDArray[np.bool_]) -> "MapPoints":
+        """Return only the points that are chosen, one boolean each."""
+        keys = tuple(key for key, kept in zip(self.keys, chosen, strict=True) if kept)
+        return MapPoints(self.method, keys, self.xy[chosen])
+
     def to_json(self) -> bytes:
         """Serialise for the map of a generation."""
         x, y = self.xy.round(5).T.tolist() if self.keys else ([], [])
@@ -62,18 +69,33 @@ class MapPoints:
 
 
 def read_map(file: FileInfo | None, files: FileStore) -> MapPoints | None:
-    """Return the map of a generation, or None where it has none.
+    """Return the map of a generation; None where it has none, or none that can be read.
 
-    Raises:
-        CorruptionError: It is missing or damaged.
+    The map is only to look at: whatever is wrong with it, nothing else waits for it.
     """
-    return None if file is None else MapPoints.from_json(files.fetch(file).read_bytes())
+    if file is None:
+        return None
+    try:
+        return MapPoints.from_json(files.fetch(file).read_bytes())
+    except (PipelineError, OSError) as error:
+        LOG.warning("going on without the map of the collection: %s", error)
+        return None
 
 
-def write_map(points: MapPoints, index: str, storage: Storage) -> FileInfo:
+def write_map(points: MapPoints, path: str, files: FileStore) -> FileInfo:
     """Write the map of a generation that is about to be published; its manifest names it."""
-    data = points.to_json()
-    return put_file(index, f"maps/{digest_bytes(data)[:16]}.json", data=data, storage=storage)
+    return put_file(files.index, path, data=points.to_json(), storage=files.storage)
+
+
+def draw_map(
+    vectors: npt.NDArray[np.floating], keys: Sequence[str], *, path: str, files: FileStore
+) -> FileInfo | None:
+    """Lay out a sample and write it; None, and a warning, if either fails for any reason."""
+    try:
+        return write_map(compute_map(vectors, keys), path, files)
+    except Exception as error:  # UMAP brings a compiler along; what fails there must not stop a job
+        LOG.warning("going on without a map of the collection: %s: %s", type(error).__name__, error)
+        return None
 
 
 def compute_map(
@@ -97,9 +119,14 @@ def compute_map(
     number = min(max_points, len(keys))
     chosen = np.sort(rng.choice(len(keys), number, replace=False))
     sample = np.asarray(vectors[chosen], dtype=np.float32)
-    method = "umap" if find_spec("umap") and number > 50 else "pca"
+    method = choose_method(number)
     xy = _project_umap(sample, seed) if method == "umap" else project_pca(sample)
     return MapPoints(method, tuple(keys[i] for i in chosen), _scale(xy))
+
+
+def choose_method(number: int) -> str:
+    """Return how a map of ``number`` points is laid out here: ``"pca"`` or ``"umap"``."""
+    return "umap" if find_spec("umap") and number > 50 else "pca"
 
 
 def project_pca(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -1,5 +1,6 @@
 """Drafts: the segments, deletions and owners of a generation that is not measured yet."""
 
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ from pipeline.index.build.changes import Owner, make_owners
 from pipeline.index.build.merge_policy import compute_imbalance
 from pipeline.index.files import FileStore
 from pipeline.index.manifest import CodecInfo, FileInfo, Manifest, SegmentInfo, put_file
+from pipeline.index.map import MapPoints
 from pipeline.index.vectors import Flags
 from pipeline.index.build.rows import PartSource, SegmentSource, list_parts
 from pipeline.index.build.segment_writer import BuiltSegment, SegmentTask, build_segment
@@ -56,7 +58,7 @@ class Draft:
         dead: Deleted rows, for segments that have any.
         owners: Which shards own which rows.
         queries: Held-out queries and floors.
-        map: The map of the collection.
+        map: The map of the collection, stored or still to be written; None to draw one.
         built: Segments that this run built or found built.
         written: Other files that this run wrote.
         added: Rows that were added.
@@ -69,7 +71,7 @@ class Draft:
     dead: Mapping[str, Flags]
     owners: tuple[Owner, ...]
     queries: Mapping[str, FileInfo]
-    map: FileInfo | None
+    map: FileInfo | MapPoints | None
     built: tuple[BuiltSegment, ...]
     written: tuple[FileInfo, ...]
     added: int
@@ -132,7 +134,7 @@ def make_task(
 ) -> SegmentTask:
     """Return the task of building one segment from ``sources``."""
     return SegmentTask(
-        index=build.files.index,
+        files=build.files,
         embeddings=build.source.uri,
         dim=build.source.dim,
         codec=codec,
@@ -140,8 +142,6 @@ def make_task(
         delta=delta,
         packed=packed,
         queries=queries,
-        storage=build.files.storage,
-        cache_dir=build.files.cache_dir,
         threads=build.workers.threads,
     )
 
@@ -178,9 +178,8 @@ def add_floors(
     count = len(read_queries(files, queries, dim).keys)
     floors = find_floors(merge_truths(truths, count, DEPTH)).tobytes()
     folder = queries["queries"].path.rsplit("/", 1)[0]
-    stored = put_file(
-        files.index, f"{folder}/floors-{segments[0].id}.f32", data=floors, storage=files.storage
-    )
+    path = f"{folder}/floors-{uuid.uuid4().hex[:8]}.f32"
+    stored = put_file(files.index, path, data=floors, storage=files.storage)
     return dict(queries) | {"floors": stored}, stored
 
 

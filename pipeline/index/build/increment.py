@@ -6,6 +6,7 @@ import numpy as np
 
 from pipeline.index.build.changes import Changes, Owner, Range, make_owners
 from pipeline.index.build.merge_policy import Relocation, choose_merges
+from pipeline.index.build.plotting import take_over_map
 from pipeline.index.build.row_diff import Comparison, compare_rows
 from pipeline.index.build.draft import Build, Draft, count_rows, cut_sources, make_task, run_tasks
 from pipeline.index.files import FileStore
@@ -25,6 +26,7 @@ def draft_increment(build: Build, parent: Manifest, changes: Changes) -> Draft:
     dead = read_tombstones(build.files, parent)
     before = count_dead(dead)
     compared = mark_dead(build, changes, segments=segments, dead=dead)
+    points = take_over_map(build.files, parent, dead)
     parts = [part for item in compared for part in item.sources] + list_parts(changes.added)
     live = {s.id: s.rows - int(dead.get(s.id, _NONE).sum()) for s in parent.segments}
     new_rows = sum(map(count_rows, parts))
@@ -37,7 +39,7 @@ def draft_increment(build: Build, parent: Manifest, changes: Changes) -> Draft:
         dead={s.id: dead[s.id] for s in left if s.id in dead and dead[s.id].any()},
         owners=tuple(make_new_owners(changes, compared, built=built, relocation=relocation)),
         queries=parent.queries,
-        map=parent.map,
+        map=points,
         built=tuple(built),
         written=(),
         added=sum(item.info.rows for item in built) - sum(live[s.id] for s in merged),

@@ -3,13 +3,15 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline import __version__
 from pipeline.index.build.changes import encode_owners
 from pipeline.index.build.draft import Build, Draft
+from pipeline.index.build.plotting import settle_map
 from pipeline.index.build.gates import Gate, check_files, check_keys, check_recall, check_row_drop, check_rows, check_self_hits
 from pipeline.index.faiss.package import describe_engine
-from pipeline.index.manifest import FileInfo, Manifest, SearchParams, Tombstones, put_file
+from pipeline.index.manifest import FileInfo, Manifest, SearchParams, Tombstones, digest_bytes, put_file
 from pipeline.index.build.measure import Measured, MeasureTask, combine, measure_segment, read_truth
 from pipeline.index.publish import name_generation
 from pipeline.index.vectors import pack_bits
@@ -47,12 +49,14 @@ class Rest:
         generation: Its name.
         tombstones: Deleted rows by segment id.
         owners: The file that says which shards own which rows.
+        map: The map; None where there is none.
         written: The files that are new.
     """
 
     generation: str
     tombstones: Mapping[str, Tombstones]
     owners: FileInfo
+    map: FileInfo | None
     written: tuple[FileInfo, ...]
 
 
@@ -88,17 +92,25 @@ def make_manifest(build: Build, draft: Draft, rest: Rest, *, tuned: Tuned, seq: 
         change=draft.reason,
         queries=draft.queries,
         measured=tuned.chosen.to_dict() | {"target": build.config.target_recall},
-        curve=tuple(item.to_dict() for item in tuned.curve) or (parent.curve if parent else ()),
+        curve=make_curve(tuned, parent),
         owners=rest.owners,
-        map=draft.map,
+        map=rest.map,
         skipped=draft.skipped,
         faiss_version=describe_engine().version,
         version=__version__,
     )
 
 
+def make_curve(tuned: Tuned, parent: Manifest | None) -> tuple[Mapping[str, Any], ...]:
+    """Return what was measured now; of the parent's curve, only settings not measured again."""
+    if tuned.curve or parent is None:
+        return tuple(item.to_dict() for item in tuned.curve)
+    again = tuned.chosen.to_dict()
+    return tuple(again if p["params"] == again["params"] else p for p in parent.curve)
+
+
 def write_rest(build: Build, draft: Draft, generation: str) -> Rest:
-    """Write owners, and the deletions that are new; take over those that are not."""
+    """Write owners, the map, and the deletions that are new; take over those that are not."""
     index, storage = build.files.index, build.files.storage
     path = f"generations/{generation}/owners.json"
     owners = put_file(index, path, data=encode_owners(draft.owners), storage=storage)
@@ -106,16 +118,18 @@ def write_rest(build: Build, draft: Draft, generation: str) -> Rest:
     tombstones: dict[str, Tombstones] = {}
     written = [owners]
     for segment, dead in draft.dead.items():
-        rows = int(dead.sum())
-        if segment in old and old[segment].rows == rows:  # rows never come back to life
+        bits = pack_bits(dead)
+        if segment in old and old[segment].file.sha256 == digest_bytes(bits):
             tombstones[segment] = old[segment]
             continue
         path = f"tombstones/{generation}/{segment}.bits"
-        tombstones[segment] = Tombstones(
-            put_file(index, path, data=pack_bits(dead), storage=storage), rows
-        )
+        stored = put_file(index, path, data=bits, storage=storage)
+        tombstones[segment] = Tombstones(stored, int(dead.sum()))
         written.append(tombstones[segment].file)
-    return Rest(generation, tombstones, owners, tuple(written))
+    plotted = settle_map(build, draft, generation)
+    if plotted is not None and plotted != draft.map:
+        written.append(plotted)
+    return Rest(generation, tombstones, owners, plotted, tuple(written))
 
 
 def measure_draft(build: Build, draft: Draft, tombstones: Mapping[str, Tombstones]) -> Tuned:

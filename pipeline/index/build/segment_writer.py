@@ -1,7 +1,7 @@
 """One segment: built from rows that stream by, in bounded memory, under a content-derived name."""
 
-import json
 import tempfile
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
@@ -18,7 +18,15 @@ from pipeline.index.faiss.codec import Codec, read_codec
 from pipeline.index.faiss.codes import Floats
 from pipeline.index.files import FileStore, describe_file
 from pipeline.index.faiss.package import set_threads
-from pipeline.index.manifest import CodecInfo, FileInfo, SegmentInfo, ShardRows, digest_bytes
+from pipeline.index.manifest import (
+    CodecInfo,
+    FileInfo,
+    SegmentInfo,
+    ShardRows,
+    digest_bytes,
+    seal,
+    unseal,
+)
 from pipeline.index.build.rows import Block, PartSource, SegmentSource, iter_blocks, sum_shards
 from pipeline.index.build.ground_truth import Queries, TruthBuilder, decode_queries
 from pipeline.records import digest_json
@@ -41,7 +49,7 @@ class SegmentTask:
     """Everything that decides a segment; pickles, so that any machine can build it.
 
     Attributes:
-        index: URI of the index.
+        files: The index, and how to reach it and the embeddings.
         embeddings: URI of the embeddings.
         dim: Width of the vectors.
         codec: How rows are encoded.
@@ -49,12 +57,10 @@ class SegmentTask:
         delta: Whether it adds to an existing generation.
         packed: Whether codes are laid out in blocks.
         queries: The held-out queries (``queries``, ``floors``) to find exact neighbours for.
-        storage: How to reach both.
-        cache_dir: Where copies of remote files go.
         threads: Threads for FAISS.
     """
 
-    index: str
+    files: FileStore
     embeddings: str
     dim: int
     codec: CodecInfo
@@ -62,8 +68,6 @@ class SegmentTask:
     delta: bool
     packed: bool
     queries: Mapping[str, FileInfo]
-    storage: Storage
-    cache_dir: Path
     threads: int = 1
 
     @property
@@ -95,43 +99,51 @@ class BuiltSegment:
     shards: tuple[ShardRows, ...]
     reused: bool = False
 
+    def list_files(self) -> list[FileInfo]:
+        """Return the files that it consists of."""
+        return list(self.info.files.values())
+
     def to_json(self) -> bytes:
         """Serialise for ``segment.json``, which is written last: it says the segment is whole."""
         shards = [astuple(item) for item in self.shards]
-        return json.dumps({"info": asdict(self.info), "shards": shards}).encode()
+        return seal({"info": asdict(self.info), "shards": shards})
 
     @classmethod
     def from_json(cls, data: bytes) -> "BuiltSegment":
-        """Read ``to_json``, as a segment that had been built before."""
-        values = json.loads(data)
+        """Read ``to_json``, as a segment that had been built before.
+
+        Raises:
+            ValueError: It has been damaged, or is something else; so do KeyError and TypeError.
+        """
+        values = unseal(data, strict=True)
         shards = tuple(ShardRows(*item) for item in values["shards"])
         return cls(SegmentInfo.from_dict(values["info"]), shards, reused=True)
 
 
 def build_segment(task: SegmentTask) -> BuiltSegment:
-    """Build a segment, or find that it is there already.
+    """Build a segment, or find that it is there already, all its files as they were written.
 
-    Writes under ``segments/<id>/`` of the index; a second try writes the same names again.
+    Writes into a folder of its own under ``segments/<id>/``, then names it in a marker there. A
+    second try never writes over the files of the first: its bytes may differ, and a generation may
+    name those of the first.
 
     Raises:
         CorruptionError: A source is damaged, or two of its rows have one key.
     """
-    folder = f"segments/{task.id}"
-    done = join_uri(task.index, folder, "segment.json")
-    try:
-        return BuiltSegment.from_json(task.storage.read(done))
-    except ObjectMissingError:
-        pass
+    files, folder = task.files, f"segments/{task.id}"
+    marker = f"{folder}/segment.json"
+    found = files.find_reusable(marker, BuiltSegment.from_json, BuiltSegment.list_files)
+    if found is not None:
+        return found
     set_threads(task.threads)
-    files = FileStore(task.index, task.storage, task.cache_dir)
     with tempfile.TemporaryDirectory(prefix="segment-") as scratch:
         writer = _SegmentWriter(task, files, Path(scratch))
         for block in iter_blocks(
             task.sources, embeddings=task.embeddings, files=files, dim=task.dim
         ):
             writer.add(block)
-        built = writer.finish(folder)
-    task.storage.put(done, built.to_json())
+        built = writer.finish(f"{folder}/{uuid.uuid4().hex[:8]}")
+    files.storage.put(join_uri(files.index, marker), built.to_json())
     return built
 
 
@@ -243,5 +255,5 @@ class _SegmentWriter:
         files: dict[str, FileInfo] = {}
         for path in sorted(self._scratch.iterdir()):
             files[path.stem] = describe_file(path, f"{folder}/{path.name}")
-            self._task.storage.upload(path, join_uri(self._task.index, folder, path.name))
+            self._files.storage.upload(path, join_uri(self._files.index, folder, path.name))
         return files

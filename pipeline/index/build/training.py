@@ -1,10 +1,10 @@
 """What is decided once for all segments: the held-out queries and the codec."""
 
-import json
 import math
 import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import ObjectMissingError, SettingsError
+from pipeline.errors import SettingsError
 from pipeline.index.faiss.codec import train_codec
 from pipeline.index.faiss.codes import Floats
 from pipeline.index.files import FileStore
-from pipeline.index.faiss.package import set_threads
-from pipeline.index.manifest import CodecInfo, FileInfo, put_file
-from pipeline.index.map import MAX_POINTS, compute_map, write_map
+from pipeline.index.faiss.package import describe_engine, set_threads
+from pipeline.index.manifest import CodecInfo, FileInfo, put_file, seal, unseal
+from pipeline.index.map import MAX_POINTS, choose_method, draw_map
 from pipeline.index.build.rows import Block, PartSource, merge_blocks, read_ahead, read_part_rows
 from pipeline.index.build.kinds import Plan
 from pipeline.index.workers import Workers
@@ -32,6 +32,9 @@ ROWS_PER_PART = 64
 
 PARTS_PER_TASK = 256
 
+TRAINING_VERSION = 1
+"""Part of every training's identity: raise it when the same input would come to something else."""
+
 
 @dataclass(frozen=True, slots=True)
 class Training:
@@ -40,33 +43,44 @@ class Training:
     Attributes:
         codec: How rows are encoded.
         queries: The held-out queries.
-        map: The sample laid out in two dimensions.
+        map: The sample laid out in two dimensions; None where it could not be, or is lost.
         reused: True if it had been trained before.
     """
 
     codec: CodecInfo
     queries: Mapping[str, FileInfo]
-    map: FileInfo
+    map: FileInfo | None
     reused: bool = False
 
     def list_written(self) -> list[FileInfo]:
         """Return the files that this run wrote."""
-        files = [*self.queries.values(), self.map, self.codec.file]
-        return [] if self.reused else [file for file in files if file is not None]
+        if self.reused:
+            return []
+        return self.list_needed() + ([] if self.map is None else [self.map])
+
+    def list_needed(self) -> list[FileInfo]:
+        """Return the files without which it is worth nothing; the map is only to look at."""
+        files = [*self.queries.values(), self.codec.file]
+        return [file for file in files if file is not None]
 
     def to_json(self) -> bytes:
         """Serialise for ``training.json``."""
         queries = {name: asdict(file) for name, file in self.queries.items()}
-        values = {"codec": asdict(self.codec), "queries": queries, "map": asdict(self.map)}
-        return json.dumps(values).encode()
+        plotted = None if self.map is None else asdict(self.map)
+        return seal({"codec": asdict(self.codec), "queries": queries, "map": plotted})
 
     @classmethod
     def from_json(cls, data: bytes) -> "Training":
-        """Read ``to_json``, as a training that had been done before."""
-        values = json.loads(data)
+        """Read ``to_json``, as a training that had been done before.
+
+        Raises:
+            ValueError: It has been damaged, or is something else; so do KeyError and TypeError.
+        """
+        values = unseal(data, strict=True)
         queries = {name: FileInfo(**file) for name, file in values["queries"].items()}
         codec = CodecInfo.from_dict(values["codec"])
-        return cls(codec, queries, FileInfo(**values["map"]), reused=True)
+        plotted = values["map"]
+        return cls(codec, queries, plotted and FileInfo(**plotted), reused=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,31 +116,66 @@ def train(
     The outcome is kept under a name derived from what decides it, so that a build that was
     stopped goes on with the same codec.
 
+    Args:
+        plan: The kind and its size.
+        parts: The rows to draw from.
+        embeddings: URI of the embeddings.
+        files: The index.
+        workers: Who does the work.
+        draw: How to draw.
+
     Raises:
         SettingsError: There are too few usable vectors to train on.
     """
-    identity = digest_json([plan.factory, asdict(draw), [[p.path, p.rows_sha256] for p in parts]])
-    folder = f"quantizers/{identity}"
-    record = join_uri(files.index, folder, "training.json")
-    try:
-        return Training.from_json(files.storage.read(record))
-    except ObjectMissingError:
-        pass
+    folder = f"quantizers/{identify_training(plan, parts, draw)}"
+    record = f"{folder}/training.json"
+    found = files.find_reusable(record, Training.from_json, Training.list_needed)
+    if found is not None:
+        lost = found.map is None or files.find_damage([found.map])
+        return replace(found, map=None) if lost else found
     rows = max(plan.sample_rows, MAX_POINTS) + draw.queries
     sample = draw_sample(parts, rows, embeddings, files=files, workers=workers, draw=draw)
     if not len(sample.vectors):
         raise SettingsError(f"{embeddings!r} holds no usable vector; look at its rows' status")
+    target = Target(f"{folder}/{uuid.uuid4().hex[:8]}", files, workers)
+    training = _learn(plan, sample, draw=draw, target=target)
+    files.storage.put(join_uri(files.index, record), training.to_json())
+    return training
+
+
+def identify_training(plan: Plan, parts: Sequence[PartSource], draw: "Draw") -> str:
+    """Return the digest of all that decides what training comes to, 16 hex digits."""
+    decided = [plan.kind, plan.factory, plan.lists, plan.sample_rows, draw.queries, draw.seed]
+    tools = [TRAINING_VERSION, describe_engine().version, choose_method(MAX_POINTS)]
+    return digest_json([tools, decided, [[p.path, p.rows_sha256, p.take] for p in parts]])
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where the outcome of training goes.
+
+    Attributes:
+        folder: Path under the index that nobody else writes to: what is made again, on other
+            threads or by another FAISS, may have other bytes, and older generations name these.
+        files: The index.
+        workers: Who does the work.
+    """
+
+    folder: str
+    files: FileStore
+    workers: Workers
+
+
+def _learn(plan: Plan, sample: Block, *, draw: "Draw", target: Target) -> Training:
+    files = target.files
     held_out, learned = split_sample(sample, draw, plan)
     queries = encode_queries(held_out.keys.column("key").to_pylist(), held_out.vectors)
-    stored = put_file(files.index, f"{folder}/queries.arrow", data=queries, storage=files.storage)
-    codec = _train_codec(
-        plan, learned.vectors, folder=folder, files=files, seed=draw.seed, workers=workers
-    )
-    points = compute_map(sample.vectors, sample.keys.column("key").to_pylist(), seed=draw.seed)
-    plotted = write_map(points, files.index, files.storage)
-    training = Training(codec, {"queries": stored}, plotted)
-    files.storage.put(record, training.to_json())
-    return training
+    path = f"{target.folder}/queries.arrow"
+    stored = put_file(files.index, path, data=queries, storage=files.storage)
+    codec = _train_codec(plan, learned.vectors, target=target, seed=draw.seed)
+    keys = sample.keys.column("key").to_pylist()
+    plotted = draw_map(sample.vectors, keys, path=f"{target.folder}/map.json", files=files)
+    return Training(codec, {"queries": stored}, plotted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +238,8 @@ def split_sample(sample: Block, draw: Draw, plan: Plan) -> tuple[Block, Block]:
     held_out = Block(sample.vectors[:count], sample.keys.slice(0, count))
     rest = sample.vectors[count:]
     needed = max(1, plan.lists, min(plan.sample_rows, 1000))
-    learned = rest if len(rest) >= needed else sample.vectors
+    enough = rest[: max(needed, plan.sample_rows)]
+    learned = enough if len(enough) >= needed else sample.vectors
     if len(learned) < plan.lists:
         raise SettingsError(
             f"{plan.factory} needs at least {plan.lists} usable vectors, there are {len(learned)}; "
@@ -229,13 +279,13 @@ def train_codec_file(task: CodecTask) -> bytes:
         return path.read_bytes()
 
 
-def _train_codec(
-    plan: Plan, sample: Floats, *, folder: str, files: FileStore, seed: int, workers: Workers
-) -> CodecInfo:
+def _train_codec(plan: Plan, sample: Floats, *, target: Target, seed: int) -> CodecInfo:
+    files, workers = target.files, target.workers
     task = CodecTask(plan.kind, plan.factory, sample, seed, workers.threads)
     [data] = workers.run(train_codec_file, [task], memory_bytes=3 * sample.nbytes)
     name = f"{plan.kind} {plan.factory}"
     if not data:
         return CodecInfo(digest_json(name), plan.kind, plan.factory)
-    stored = put_file(files.index, f"{folder}/trained.faiss", data=data, storage=files.storage)
+    path = f"{target.folder}/trained.faiss"
+    stored = put_file(files.index, path, data=data, storage=files.storage)
     return CodecInfo(stored.sha256[:16], plan.kind, plan.factory, plan.lists, stored)

@@ -3,6 +3,7 @@
 import math
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -20,7 +21,7 @@ from pipeline.index.faiss.codes import Floats, Rows
 from pipeline.index.faiss.package import set_threads
 from pipeline.index.files import FileStore
 from pipeline.index.manifest import Manifest, SearchParams
-from pipeline.index.map import read_map
+from pipeline.index.map import MapPoints, read_map
 from pipeline.index.search.keys import choose_similar
 from pipeline.index.search.neighbour import IndexInfo, Neighbour, check_vectors, make_neighbour
 from pipeline.index.search.segment import Mask, Request, Segment, open_codec
@@ -42,7 +43,6 @@ class Generation:
         manifest: What was published.
         segments: Its segments, opened.
         live: Rows that are not deleted, by segment; None where all are live.
-        map: A sample of the rows in two dimensions; None where there is none.
     """
 
     def __init__(self, manifest: Manifest, files: FileStore, *, known: Sequence[Segment] = ()):
@@ -57,7 +57,16 @@ class Generation:
             reusable.get(info.id) or Segment(info, self.codec, files) for info in manifest.segments
         ]
         self.live = [self._read_live(segment, files) for segment in self.segments]
-        self.map = read_map(manifest.map, files)
+        self._points = read_map(manifest.map, files)
+
+    @cached_property
+    def map(self) -> MapPoints | None:
+        """A sample of the live rows in two dimensions; None where there is none."""
+        if self._points is None:
+            return None
+        return self._points.keep(
+            np.array([self.find(key) is not None for key in self._points.keys], bool)
+        )
 
     def _read_live(self, segment: Segment, files: FileStore) -> Mask | None:
         tombstones = self.manifest.tombstones.get(segment.info.id)
