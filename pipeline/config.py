@@ -310,8 +310,14 @@ class IndexConfig:
     """Also write the k nearest neighbours of every image, as Parquet."""
     near_duplicates: float | None = None
     """Also write groups of images whose cosine is at least this, as Parquet, e.g. 0.97."""
+    verify: bool = False
+    """Also read every file of the index and compare digests, and mend what is damaged; without
+    embeddings, only say so."""
     roll_back: str | None = None
-    """Serve an older generation again, and do nothing else: its name, or previous."""
+    """Serve an older generation again, and do nothing else: its name, or previous; it stays pinned
+    until a build is told --unpin, --force or --full."""
+    unpin: bool = False
+    """Go on from the generation that a roll-back has pinned; without it, builds leave it alone."""
     collect_garbage: Literal["no", "list", "delete"] = "no"
     """List or delete what no kept generation needs, and do nothing else."""
     keep_generations: int = 3

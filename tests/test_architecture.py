@@ -71,6 +71,7 @@ INDEX_LAYERS = (
     (
         "pipeline.index.vectors",
         "pipeline.index.map",
+        "pipeline.index.health",
         "pipeline.index.publish",
         "pipeline.index.garbage",
     ),

@@ -1,14 +1,43 @@
-"""Publishing: gates, one conditional write, roll-back, and clearing away what nobody needs."""
+"""Publishing: one conditional write makes a generation serve, a new one or an older one again."""
 
 import uuid
+from dataclasses import dataclass
 
-from pipeline.errors import ConflictError, ObjectMissingError, PublishError, SettingsError
-from pipeline.index.manifest import Manifest, digest_bytes
-from pipeline.index.pointer import Pointer, manifest_path, parse_manifest, read_pointer
-from pipeline.storage import Storage, join_uri
+from pipeline.errors import ConflictError, CorruptionError, PublishError, SettingsError
+from pipeline.index.files import FileStore
+from pipeline.index.health import Stock, inspect, list_older, take_stock
+from pipeline.index.manifest import FileInfo, Manifest, digest_bytes
+from pipeline.index.pointer import (
+    Current,
+    Pointer,
+    look_up,
+    manifest_path,
+    read_doomed,
+    read_generation,
+)
+from pipeline.storage import join_uri
 
-Version = tuple[Pointer, str] | None
-"""What ``CURRENT`` said when a build began, and its version; None if there was nothing."""
+MAX_TRIES = 8
+"""Garbage collections that one publication lets pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A generation that is to serve.
+
+    Attributes:
+        generation: Its name.
+        manifest_sha256: Digest of its manifest, hex.
+        seq: Number of the publication.
+        needed: The files it cannot do without.
+        pinned: Whether builds are to leave it alone.
+    """
+
+    generation: str
+    manifest_sha256: str
+    seq: int
+    needed: tuple[FileInfo, ...] = ()
+    pinned: bool = False
 
 
 def name_generation(seq: int) -> str:
@@ -16,97 +45,159 @@ def name_generation(seq: int) -> str:
     return f"{seq:06d}-{uuid.uuid4().hex[:8]}"
 
 
-def publish(index: str, manifest: Manifest, *, before: Version, storage: Storage) -> Pointer:
+def publish(files: FileStore, manifest: Manifest, *, before: Current) -> Pointer:
     """Write the manifest, then swap the pointer, if nobody else has meanwhile.
 
     Args:
-        index: URI of the index.
+        files: The index.
         manifest: The new generation; all its files are there.
-        before: What ``read_pointer`` returned when the build began.
-        storage: How to reach the index.
+        before: What ``CURRENT`` was when the build began.
 
     Raises:
-        PublishError: Another publisher was first.
+        PublishError: Another publisher was first; the manifest is gone again then.
     """
-    data = manifest.to_json()
-    storage.put_if_absent(join_uri(index, manifest_path(manifest.generation)), data)
-    return swap_pointer(
-        index,
-        manifest.generation,
-        manifest_sha256=digest_bytes(data),
-        before=before,
-        storage=storage,
+    data, uri = manifest.to_json(), join_uri(files.index, manifest_path(manifest.generation))
+    files.storage.put_if_absent(uri, data)
+    needed = tuple(manifest.list_needed())
+    target = Target(manifest.generation, digest_bytes(data), manifest.seq, needed)
+    try:
+        return swap_pointer(files, target, before)
+    except PublishError:
+        files.storage.delete([uri])
+        raise
+
+
+def swap_pointer(files: FileStore, target: Target, before: Current) -> Pointer:
+    """Make ``CURRENT`` point to a generation whose manifest is there.
+
+    A garbage collection that came between is let pass, if it has left all that is needed.
+
+    Raises:
+        PublishError: Another publisher was first, or garbage collection was.
+    """
+    uri = join_uri(files.index, "CURRENT")
+    for _ in range(MAX_TRIES):
+        pointer = _follow(before.pointer, target)
+        _refuse_doomed(files, target, pointer)
+        try:
+            if before.version is None:
+                files.storage.put_if_absent(uri, pointer.to_json())
+            else:
+                files.storage.put_if_version(uri, pointer.to_json(), before.version)
+            return pointer
+        except ConflictError as error:
+            before = _let_pass(files, target, before, error)
+    raise PublishError(f"{uri} kept changing for {MAX_TRIES} tries; run again when nothing else is")
+
+
+def _follow(pointer: Pointer | None, target: Target) -> Pointer:
+    if pointer is None:
+        pinned = target.pinned
+        return Pointer(target.seq, target.generation, target.manifest_sha256, pinned=pinned)
+    return pointer.succeed(
+        target.generation, target.manifest_sha256, seq=target.seq, pinned=target.pinned
     )
 
 
-def swap_pointer(
-    index: str, generation: str, *, manifest_sha256: str, before: Version, storage: Storage
-) -> Pointer:
-    """Make ``CURRENT`` point to a generation whose manifest is there.
-
-    Raises:
-        PublishError: Another publisher was first.
-    """
-    uri = join_uri(index, "CURRENT")
-    pointer = Pointer(before[0].seq + 1 if before else 1, generation, manifest_sha256)
-    try:
-        if before is None:
-            storage.put_if_absent(uri, pointer.to_json())
-        else:
-            storage.put_if_version(uri, pointer.to_json(), before[1])
-    except ConflictError as error:
+def _let_pass(files: FileStore, target: Target, before: Current, error: ConflictError) -> Current:
+    """Return what ``CURRENT`` is now if nothing but garbage has been collected since."""
+    again = look_up(files.index, files.storage)
+    if not _same_publication(before.pointer, again.pointer):
         raise PublishError(
-            f"generation {generation} was not published: another publisher was first at {uri}; "
-            "run again to build on what it published"
+            f"generation {target.generation} was not published: another publisher was first at "
+            f"{files.index}/CURRENT; run again to build on what it published"
         ) from error
-    return pointer
+    sizes = {info.uri: info.size_bytes for info in files.storage.list_objects(files.index)}
+    damage = files.find_damage(target.needed, sizes=sizes)
+    if damage is not None:
+        raise PublishError(_DELETED.format(name=target.generation, what=damage)) from error
+    return again
 
 
-def list_generations(index: str, storage: Storage) -> list[str]:
-    """Return the names of all generations that have a manifest, oldest first."""
-    base = join_uri(index, "generations")
-    found = storage.list_objects(base)
-    names = [info.uri[len(base) + 1 :] for info in found if info.uri.endswith("/manifest.json")]
-    return sorted(name.split("/")[0] for name in names)
+_DELETED = (
+    "generation {name} was not published: garbage collection deletes what it needs ({what}); "
+    "run again"
+)
 
 
-def roll_back(index: str, target: str, storage: Storage) -> tuple[Pointer, Manifest]:
-    """Make an older generation serve again, as a new publication.
+def _refuse_doomed(files: FileStore, target: Target, pointer: Pointer) -> None:
+    doomed = read_doomed(files.index, pointer, files.storage)
+    for path in (manifest_path(target.generation), *(file.path for file in target.needed)):
+        if path in doomed:
+            raise PublishError(_DELETED.format(name=target.generation, what=path))
+
+
+def _same_publication(one: Pointer | None, other: Pointer | None) -> bool:
+    if one is None or other is None:
+        return False
+    return (one.seq, one.generation, one.pinned) == (other.seq, other.generation, other.pinned)
+
+
+def roll_back(files: FileStore, target: str) -> tuple[Pointer, Manifest]:
+    """Make an older generation serve again, pinned, as a new publication.
+
+    It works whatever state ``CURRENT`` is in; of the target, every file is read and compared.
 
     Args:
-        index: URI of the index.
-        target: Name of a generation, or ``"previous"`` for the parent of the one that serves.
-        storage: How to reach the index.
+        files: The index.
+        target: Name of a generation, or ``"previous"`` for the parent of the one that serves;
+            where that cannot be told, the newest whole one before it.
 
     Raises:
-        SettingsError: There is no such generation; the message lists those there are.
+        SettingsError: There is no such generation, or it is damaged; the message lists others.
         PublishError: Another publisher was first.
     """
-    before = read_pointer(index, storage)
-    if before is None:
-        raise SettingsError(f"no index at {index!r}: CURRENT is missing; check the URI")
-    name = target if target != "previous" else _find_previous(index, before[0], storage)
-    uri = join_uri(index, manifest_path(name))
-    try:
-        data = storage.read(uri)
-    except ObjectMissingError as error:
-        names = ", ".join(list_generations(index, storage))
-        raise SettingsError(f"no generation {name!r} at {index!r}; there are: {names}") from error
-    manifest = parse_manifest(data, uri)
-    missing = [f.path for f in manifest.list_files() if not storage.exists(join_uri(index, f.path))]
-    if missing:
-        raise SettingsError(f"generation {name} is no longer whole: {missing[0]} is missing")
-    return swap_pointer(
-        index, name, manifest_sha256=digest_bytes(data), before=before, storage=storage
-    ), manifest
-
-
-def _find_previous(index: str, pointer: Pointer, storage: Storage) -> str:
-    uri = join_uri(index, manifest_path(pointer.generation))
-    parent = parse_manifest(storage.read(uri), uri).parent
-    if parent is None:
+    stock = take_stock(files)
+    if stock.current.version is None and not stock.names:
+        raise SettingsError(f"no index at {files.index!r}: CURRENT is missing; check the URI")
+    name = target if target != "previous" else _find_previous(files, stock)
+    if name not in stock.names:
         raise SettingsError(
-            f"generation {pointer.generation} has no parent to roll back to; "
-            f"there are: {', '.join(list_generations(index, storage))}"
+            f"no generation {name!r} at {files.index!r}; there are: {', '.join(stock.names)}"
         )
-    return parent
+    manifest, sha256 = _read_whole(files, name, stock)
+    needed = tuple(manifest.list_needed())
+    chosen = Target(name, sha256, stock.next_seq, needed, pinned=True)
+    return swap_pointer(files, chosen, stock.current), manifest
+
+
+def serve_again(files: FileStore, manifest: Manifest, stock: Stock) -> Pointer:
+    """Make a whole generation serve that ``CURRENT`` does not point to, or pins.
+
+    Raises:
+        PublishError: Another publisher was first.
+    """
+    _, sha256 = read_generation(files.index, manifest.generation, files.storage)
+    needed = tuple(manifest.list_needed())
+    target = Target(manifest.generation, sha256, stock.next_seq, needed)
+    return swap_pointer(files, target, stock.current)
+
+
+def _read_whole(files: FileStore, name: str, stock: Stock) -> tuple[Manifest, str]:
+    try:
+        manifest, sha256 = read_generation(files.index, name, files.storage)
+        damage = files.find_damage(manifest.list_needed())
+    except CorruptionError as error:
+        damage = str(error).split(";")[0]
+    if damage is None:
+        return manifest, sha256
+    others = [n for n in stock.names if n != name and inspect(files, n, stock.sizes)[1] is None]
+    instead = f"roll back to one of: {', '.join(others)}, or " if others else ""
+    raise SettingsError(
+        f"generation {name} is no longer whole: {damage}; {instead}build again with --full"
+    )
+
+
+def _find_previous(files: FileStore, stock: Stock) -> str:
+    pointer = stock.current.pointer
+    manifest = inspect(files, pointer.generation, stock.sizes)[0] if pointer else None
+    if manifest is not None and manifest.parent in stock.names:
+        return str(manifest.parent)
+    older = list_older(stock)
+    if not older:
+        serving = pointer.generation if pointer else "the one that serves"
+        raise SettingsError(
+            f"there is no generation before {serving} to roll back to; "
+            f"there are: {', '.join(stock.names)}"
+        )
+    return next((name for name in older if inspect(files, name, stock.sizes)[1] is None), older[0])

@@ -13,8 +13,10 @@ class IndexReport:
     """What an index job did.
 
     Attributes:
-        action: ``"built"``, ``"added"``, ``"unchanged"``, ``"planned"``, ``"rolled back"``,
-            ``"exported"``, ``"garbage listed"`` or ``"garbage deleted"``.
+        action: ``"built"``, ``"added"``, ``"unchanged"``, ``"mended"`` (an older whole generation
+            serves instead of a damaged one), ``"pinned"`` (a roll-back holds, nothing was done),
+            ``"unpinned"``, ``"planned"``, ``"verified"``, ``"rolled back"``, ``"exported"``,
+            ``"garbage listed"`` or ``"garbage deleted"``.
         index: URI of the index.
         generation: The generation that serves now; None if there is none.
         rows: Its live rows.

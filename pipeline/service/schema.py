@@ -6,16 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Json,
-    WithJsonSchema,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipeline.service.problems import Problem
 
@@ -174,33 +165,6 @@ class EmbedRequest(_Strict):
     """Images to embed as the indexed ones were."""
 
     images_base64: list[Base64] = Field(min_length=1, max_length=MAX_IMAGES)
-
-
-def take_only(parts: object) -> object:
-    """Return the only part of a form that may come once, out of the list of all parts of a name."""
-    if isinstance(parts, list) and len(parts) != 1:
-        raise ValueError("send it once")
-    return parts[0] if isinstance(parts, list) else parts
-
-
-Upload = Annotated[
-    bytes,
-    Field(strict=True),
-    WithJsonSchema({"type": "string", "contentMediaType": "application/octet-stream"}),
-]
-
-
-class SearchForm(_Strict):
-    """An encoded image as a file, and the other fields of a search as JSON."""
-
-    image: Annotated[Upload, BeforeValidator(take_only)]
-    options: Annotated[Json[SearchOptions], BeforeValidator(take_only)] = SearchOptions()
-
-
-class EmbedForm(_Strict):
-    """Encoded images as files, all under one name."""
-
-    images: list[Upload] = Field(min_length=1, max_length=MAX_IMAGES)
 
 
 class ClassScore(BaseModel):

@@ -11,6 +11,7 @@ from pipeline.benchmark import synthetic
 from pipeline.benchmark.synthetic import commit_table, generate_vectors, make_commit
 from pipeline.config import IndexConfig
 from pipeline.index.job import build_index
+from pipeline.index.search.search_index import SearchIndex
 from pipeline.output.commits import list_commits, retire_commit
 from pipeline.output.info import OutputInfo, claim_output
 from pipeline.records import Layout, Space
@@ -190,3 +191,16 @@ def rank_exactly(corpus: Corpus, query: np.ndarray, k: int) -> list[tuple[str, f
     scores = matrix @ (query / np.linalg.norm(query))
     order = np.argsort(-scores)[:k]
     return [(keys[i], float(scores[i])) for i in order]
+
+
+def check_healthy(corpus: Corpus, uri: str, **settings: object) -> None:
+    """Keys are those of the embeddings, searches find the truth, and nothing is left to mend."""
+    found = SearchIndex.open(uri)
+    assert sorted(item.key for item in found.snapshot.sample(10**6)) == sorted(corpus.vectors)
+    for key in list(corpus.vectors)[:: len(corpus.vectors) // 5]:
+        truth = rank_exactly(corpus, corpus.vectors[key], 5)
+        hits = found.search(corpus.vectors[key], 5, exact=True)[0]
+        np.testing.assert_allclose([h.score for h in hits], [s for _, s in truth], atol=1e-3)
+        assert hits[0].key == key
+    assert build_index(IndexConfig(index=uri, verify=True)).action == "verified"
+    assert build(corpus, uri, verify=True, **settings)["action"] == "unchanged"

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +12,20 @@ import pytest
 from index.corpus import STORAGE, Corpus, build, make_corpus
 from pipeline.config import IndexConfig
 from pipeline.errors import CorruptionError, PublishError, SettingsError
+from pipeline.index.files import FileStore
 from pipeline.index.garbage import find_garbage
 from pipeline.index.job import build_index
 from pipeline.index.pointer import (
+    Current,
     Pointer,
+    list_manifests,
+    look_up,
     manifest_path,
     parse_manifest,
     read_current,
     read_manifest,
-    read_pointer,
 )
-from pipeline.index.publish import list_generations, publish, swap_pointer
+from pipeline.index.publish import Target, publish, swap_pointer
 from pipeline.index.search.search_index import SearchIndex
 from pipeline.storage import Storage
 
@@ -58,21 +62,20 @@ def test_an_index_is_built_and_searched_wherever_it_lies(corpus, place):
     assert len(index) == 203
 
 
-def test_two_publishers_race_and_exactly_one_wins(corpus, place):
+def test_two_publishers_race_and_exactly_one_wins(corpus, place, tmp_path):
     run(corpus, place)
     uri, storage = place
-    before = read_pointer(uri, storage)
-    first = read_manifest(uri, before[0], storage)
+    files = FileStore(uri, storage, tmp_path / "cache")
+    before = look_up(uri, storage)
+    first = read_manifest(uri, before.pointer, storage)
     barrier, outcomes = threading.Barrier(8), []
 
     def attempt(number: int) -> None:
         name = f"000002-{number:08x}"
-        manifest = parse_manifest(
-            first.to_json().replace(first.generation.encode(), name.encode()), uri
-        )
+        manifest = replace(first, generation=name)
         barrier.wait()
         try:
-            outcomes.append(publish(uri, manifest, before=before, storage=storage).generation)
+            outcomes.append(publish(files, manifest, before=before).generation)
         except PublishError as error:
             outcomes.append(error)
 
@@ -90,16 +93,13 @@ def test_two_publishers_race_and_exactly_one_wins(corpus, place):
     assert "run again to build on what it published" in str(losers[0])
 
 
-def test_two_first_publishers_race_and_exactly_one_wins(place):
-    uri, storage = place
+def test_two_first_publishers_race_and_exactly_one_wins(place, tmp_path):
+    files = FileStore(*place, tmp_path / "cache")
     outcomes = []
     for name in ("000001-a", "000001-b"):
         try:
-            outcomes.append(
-                swap_pointer(
-                    uri, name, manifest_sha256="0" * 64, before=None, storage=storage
-                ).generation
-            )
+            target = Target(name, "0" * 64, seq=1)
+            outcomes.append(swap_pointer(files, target, Current()).generation)
         except PublishError as error:
             outcomes.append(error)
     assert outcomes[0] == "000001-a"
@@ -113,11 +113,11 @@ def test_the_loser_of_a_race_leaves_the_winners_files_alone(corpus, tmp_path, mo
     corpus.extend("one.tar", rows=3, seed=5)
     real = publish
 
-    def let_another_win(index, manifest, *, before, storage):
+    def let_another_win(files, manifest, *, before):
         monkeypatch.undo()
         corpus.drop_rows("shard-002.tar", every=10)
         build(corpus, uri)
-        return real(index, manifest, before=before, storage=storage)
+        return real(files, manifest, before=before)
 
     monkeypatch.setattr("pipeline.index.build.update.publish", let_another_win)
     with pytest.raises(PublishError, match="another publisher was first"):
@@ -170,13 +170,64 @@ def test_rolling_back_serves_an_older_generation_as_a_new_publication(corpus, pl
     assert len(index) == 203
 
 
-def test_a_build_after_a_roll_back_adds_what_is_missing(corpus, tmp_path):
-    uri = str(tmp_path / "index")
-    build(corpus, uri)
+def roll_back_a_night(corpus, uri):
+    """Return the generation that was rolled back to; another night came after it."""
+    first = build(corpus, uri)["generation"]
     corpus.extend("night.tar", rows=3, seed=5)
     build(corpus, uri)
     build(corpus, uri, roll_back="previous")
-    assert build(corpus, uri)["rows"] == 203
+    corpus.extend("later.tar", rows=2, seed=6)
+    return first
+
+
+def test_a_roll_back_holds_through_nights_until_it_is_unpinned(corpus, tmp_path):
+    uri = str(tmp_path / "index")
+    first = roll_back_a_night(corpus, uri)
+    for _ in range(2):
+        report = build(corpus, uri)
+        assert (report["action"], report["generation"], report["rows"]) == ("pinned", first, 200)
+        assert "pass --unpin once to go on from it, or --full" in report["why"]
+        assert len(SearchIndex.open(uri)) == 200
+    assert build(corpus, uri, unpin=True)["rows"] == 205
+    assert build(corpus, uri)["action"] == "unchanged"
+
+
+@pytest.mark.parametrize("setting", ["full", "force"])
+def test_full_and_force_end_a_roll_back_too(corpus, tmp_path, setting):
+    uri = str(tmp_path / "index")
+    roll_back_a_night(corpus, uri)
+    assert build(corpus, uri, **{setting: True})["rows"] == 205
+    assert build(corpus, uri)["action"] == "unchanged"
+
+
+def test_unpinning_without_anything_new_publishes_no_other_generation(corpus, tmp_path):
+    uri = str(tmp_path / "index")
+    build(corpus, uri)
+    first = build(corpus, uri, full=True)["generation"]
+    build(corpus, uri, full=True)
+    build(corpus, uri, roll_back=first)
+    report = build(corpus, uri, unpin=True)
+    assert (report["action"], report["generation"]) == ("unpinned", first)
+    assert build(corpus, uri)["action"] == "unchanged"
+
+
+def test_a_roll_back_during_a_build_wins(corpus, tmp_path, monkeypatch):
+    uri = str(tmp_path / "index")
+    first = build(corpus, uri)["generation"]
+    corpus.extend("one.tar", rows=3, seed=5)
+    build(corpus, uri)
+    corpus.extend("two.tar", rows=3, seed=6)
+    real = publish
+
+    def roll_back_first(files, manifest, *, before):
+        build(corpus, uri, roll_back="previous")
+        return real(files, manifest, before=before)
+
+    monkeypatch.setattr("pipeline.index.build.update.publish", roll_back_first)
+    with pytest.raises(PublishError, match="another publisher was first"):
+        build(corpus, uri)
+    assert SearchIndex.open(uri).info.generation == first
+    assert build(corpus, uri)["action"] == "pinned"
 
 
 def test_rolling_back_to_what_is_not_there_lists_what_is(corpus, tmp_path):
@@ -186,8 +237,12 @@ def test_rolling_back_to_what_is_not_there_lists_what_is(corpus, tmp_path):
     generation = build(corpus, uri)["generation"]
     with pytest.raises(SettingsError, match=f"no generation '7' at .*there are: {generation}"):
         build(corpus, uri, roll_back="7")
-    with pytest.raises(SettingsError, match="has no parent to roll back to"):
+    with pytest.raises(SettingsError, match=f"no generation before {generation} to roll back"):
         build(corpus, uri, roll_back="previous")
+
+
+def list_generations(uri, storage):
+    return list_manifests(uri, [info.uri for info in storage.list_objects(uri)])
 
 
 def make_old(folder: Path, hours: float = 100) -> None:
@@ -238,13 +293,16 @@ def test_a_dry_run_deletes_nothing(corpus, tmp_path):
     assert len(list_generations(uri, STORAGE)) == 2
 
 
-def test_manifests_are_deleted_after_what_they_name(corpus, tmp_path):
+def test_manifests_and_markers_are_deleted_before_what_they_name(corpus, tmp_path):
     uri = str(tmp_path / "index")
     build(corpus, uri)
+    corpus.extend("night.tar", rows=30, seed=5)
     build(corpus, uri, full=True)
     make_old(tmp_path / "index")
     found = find_garbage(uri, keep=1, min_age_s=0, storage=STORAGE)
-    assert found.uris[-1].endswith("/manifest.json")
+    names = [Path(item).name for item in found.uris]
+    assert sorted(names[:3]) == ["manifest.json", "segment.json", "training.json"]
+    assert not {"manifest.json", "segment.json", "training.json"}.intersection(names[3:])
     with pytest.raises(SettingsError, match="CURRENT is missing"):
         find_garbage(str(tmp_path / "none"), keep=1, min_age_s=0, storage=STORAGE)
 
@@ -258,7 +316,7 @@ def test_a_tampered_manifest_or_pointer_is_refused(corpus, tmp_path):
     with pytest.raises(CorruptionError, match="its digest differs from CURRENT's"):
         SearchIndex.open(uri)
     STORAGE.delete([path])
-    with pytest.raises(CorruptionError, match=r"manifest.json is missing; roll back"):
+    with pytest.raises(CorruptionError, match=r"manifest.json is missing; run the index job again"):
         SearchIndex.open(uri)
     STORAGE.put(f"{uri}/CURRENT", b"not json")
     with pytest.raises(CorruptionError, match="is not a pointer"):

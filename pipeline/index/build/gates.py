@@ -1,5 +1,6 @@
 """What has to hold before a generation may be published."""
 
+import contextlib
 import logging
 import math
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import PublishError
+from pipeline.errors import ObjectMissingError, PublishError
 from pipeline.index.files import FileStore
 from pipeline.index.manifest import SegmentInfo, Tombstones
 from pipeline.index.build.measure import Measured
@@ -35,11 +36,13 @@ class Gate:
         name: What is checked.
         passed: Whether it holds.
         detail: The value, and what it has to be.
+        mendable: Whether building everything anew may make it hold.
     """
 
     name: str
     passed: bool
     detail: str
+    mendable: bool = True
 
 
 def check_gates(gates: Sequence[Gate], *, force: bool) -> None:
@@ -80,20 +83,18 @@ def check_row_drop(before: int, after: int, max_drop: float) -> Gate:
     """No more rows disappear than are allowed to."""
     drop = 0.0 if not before else max(0.0, 1 - after / before)
     detail = f"rows go from {before:,} to {after:,}, by {drop:.1%}; max_row_drop is {max_drop:.1%}"
-    return Gate("row drop", drop <= max_drop, detail)
+    return Gate("row drop", drop <= max_drop, detail, mendable=False)
 
 
 def check_files(files: FileStore, segments: Sequence[SegmentInfo]) -> Gate:
     """Files that are taken over from older generations are still there, as long as they were."""
-    for segment in segments:
-        for file in segment.files.values():
-            uri = join_uri(files.index, file.path)
-            if (
-                not files.storage.exists(uri)
-                or files.storage.stat(uri).size_bytes != file.size_bytes
-            ):
-                return Gate("files", False, f"{uri} is missing or of another size")
-    return Gate("files", True, f"{len(segments)} segments are whole")
+    needed = [file for segment in segments for file in segment.files.values()]
+    sizes: dict[str, int] = {}
+    for uri in {join_uri(files.index, file.path) for file in needed}:
+        with contextlib.suppress(ObjectMissingError):
+            sizes[uri] = files.storage.stat(uri).size_bytes
+    damage = files.find_damage(needed, sizes=sizes)
+    return Gate("files", damage is None, damage or f"{len(segments)} segments are whole")
 
 
 def check_keys(
@@ -122,7 +123,8 @@ def check_keys(
     for one, other in pairs:
         key = _find_common(files, one, other, tombstones=tombstones)
         if key is not None:
-            return Gate("keys", False, f"the key {key!r} is there twice; is one input given twice?")
+            detail = f"the key {key!r} is there twice; is one input given twice?"
+            return Gate("keys", False, detail, mendable=False)
     return Gate("keys", True, "all keys are different")
 
 

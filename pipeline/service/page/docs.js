@@ -25,7 +25,6 @@ function describeType(schema) {
   if (schema.enum) return [schema.enum.map((value) => JSON.stringify(value)).join(" | ")];
   if (schema.const !== undefined) return [JSON.stringify(schema.const)];
   if (schema.type === "array") return ["list of ", ...describeType(schema.items ?? {})];
-  if (schema.contentSchema) return ["JSON of ", ...describeType(schema.contentSchema)];
   if (schema.contentMediaType) return ["file"];
   const limits = [
     schema.minimum !== undefined && `≥ ${schema.minimum}`,
