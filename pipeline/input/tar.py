@@ -4,6 +4,7 @@ import bz2
 import gzip
 import lzma
 import posixpath
+import re
 import tarfile
 import zlib
 from collections import Counter
@@ -25,7 +26,15 @@ _SKIP_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 1 << 20
 """Long names and pax headers stay far below; a lying one must not fill the memory."""
 
-_MAGICS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_MAGICS = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+}
+_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
+"""A frame of notes that zstd's decoder passes over; ``pzstd`` writes one before each of data."""
 
 
 def read_tar(
@@ -157,14 +166,16 @@ def _open_tape(stream: BinaryIO) -> tuple["_Tape", bool]:
     start = stream.read(8)
     stream.seek(0)  # still buffered, costs no second request
     kind = next((kind for magic, kind in _MAGICS.items() if start.startswith(magic)), None)
+    if _SKIPPABLE.match(start):
+        kind = "zstd"
     if kind == "gzip":
         return _Tape(gzip.GzipFile(fileobj=stream, mode="rb")), True
     if kind == "bzip2":
         return _Tape(bz2.BZ2File(stream)), True
     if kind == "xz":
         return _Tape(lzma.LZMAFile(stream)), True
-    if kind == "zstd":
-        return _Tape(pa.CompressedInputStream(pa.PythonFile(stream, "r"), "zstd")), True
+    if kind in ("zstd", "lz4"):
+        return _Tape(pa.CompressedInputStream(pa.PythonFile(stream, "r"), kind)), True
     return _Tape(stream), False
 
 

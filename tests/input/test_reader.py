@@ -95,6 +95,31 @@ def test_offsets_find_the_images_of_a_plain_archive(tmp_path: Path, kind: int) -
         assert content[record.offset : record.offset + len(data)] == data == record.data
 
 
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+def test_frames_as_parallel_compressors_write_them_are_read(tmp_path: Path, codec: str) -> None:
+    """``pzstd`` writes skippable frames and many of data; ``cat`` of two archives joins frames."""
+    content = write_tar(tmp_path / "plain.tar", MEMBERS).read_bytes()
+    half = len(content) // 2
+    frames = [_compress(codec, part) for part in (content[:half], content[half:])]
+    notes = b"\x5a\x2a\x4d\x18\x04\0\0\0abcd" if codec == "zstd" else b""
+    path = tmp_path / f"a.tar.{codec}"
+    path.write_bytes(b"".join(notes + frame for frame in frames))
+    records, _ = read_all(make_shard(path))
+    assert [record.data for record in records] == IMAGES
+    assert {record.offset for record in records} == {None}
+    path.write_bytes(path.read_bytes()[: -len(frames[1]) // 2])
+    *kept, last = read_all(make_shard(path))[0]
+    assert last.status == "bad_shard"
+    assert [record.data for record in kept if record.status == "ok"] == IMAGES[: len(kept) - 1]
+
+
+def _compress(codec: str, data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, codec) as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
 def test_compressed_archives_have_no_offsets(tmp_path: Path) -> None:
     records, _ = read_all(make_shard(write_tar(tmp_path / "a.tgz", MEMBERS)))
     assert {record.offset for record in records} == {None}
