@@ -123,7 +123,6 @@ def make_hostile_pictures() -> dict[str, HostilePicture]:
     jpeg, png = make_jpeg(), encode(make_picture(), "PNG")
     webp, gif = encode(make_picture(), "WEBP"), encode(make_picture(), "GIF")
     html = b"<!DOCTYPE html>\n<html><body>404 Not Found</body></html>"
-    text_bomb = make_png_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(80 << 20)))
     return {
         "empty.jpg": HostilePicture(b"", "unreadable", "zero bytes"),
         "html.jpg": HostilePicture(html, "unsupported", "HTML"),
@@ -146,7 +145,7 @@ def make_hostile_pictures() -> dict[str, HostilePicture]:
         "lie.png": HostilePicture(make_lying_png(50000, 50000), "too_large", "max_pixels"),
         "lie.gif": HostilePicture(gif[:6] + b"\xff\xff\xff\xff" + gif[10:], "too_large", ""),
         "nothing.png": HostilePicture(make_lying_png(0, 5), "unreadable", ""),
-        "text.png": HostilePicture(png[:33] + text_bomb + png[33:], "unreadable", ""),
+        "photo.jxl": HostilePicture(b"\xff\x0a\xfa" + bytes(90), "unsupported", "JPEG XL"),
     }
 
 

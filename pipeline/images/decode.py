@@ -39,6 +39,7 @@ import numpy as np
 from PIL import Image, ImageChops
 
 from pipeline.errors import RecordError, ShortageError, describe_excess_bytes
+from pipeline.images.png import drop_long_texts
 
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI"),
@@ -60,6 +61,7 @@ _LOOKS = (
     (rb"\x1f\x8b", "gzip data"),
     (rb"....ftyp(heic|heix|mif1|msf1|hevc)", "HEIC"),
     (rb"....ftyp", "a video"),
+    (rb"\xff\x0a|\x00\x00\x00\x0cJXL ", "JPEG XL, which no decoder here reads; convert it"),
     (rb"\x00\x00[\x01\x02]\x00", "an icon (ICO, CUR)"),
     (rb"icns", "an icon (ICNS)"),
     (rb"\x00{16}", "zeros"),
@@ -159,6 +161,8 @@ def decode_image(
     except RecordError:
         raise
     except Exception as error:  # decoders raise anything on hostile bytes
+        if (shorter := drop_long_texts(data, error)) is not None:
+            return decode_image(shorter, limits=limits, exif=exif, draft_size=draft_size)
         if _is_shortage(error, read_header(data, limits=limits)):
             words = f"this machine is short of memory or descriptors: {error or 'no memory'}"
             raise ShortageError(f"{words}; give it more memory, or lower --max-pixels") from error

@@ -299,3 +299,10 @@ def test_decoding_changes_no_setting_of_the_library() -> None:
 
 def test_the_digest_is_the_first_half_of_sha256() -> None:
     assert image_digest(b"").hex() == "e3b0c44298fc1c149afbf4c8996fb924"
+
+
+def test_the_first_picture_of_an_mpo_is_what_is_embedded() -> None:
+    mpo = encode(make_picture(1), "MPO", save_all=True, append_images=[make_picture(2)])
+    decoded = decode_image(mpo, limits=LIMITS)
+    expected = decode_image(make_jpeg(1), limits=LIMITS)
+    assert np.array_equal(np.asarray(decoded.image), np.asarray(expected.image))
