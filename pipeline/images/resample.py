@@ -113,7 +113,7 @@ def resize_part(
     across, down = (weigh(axis, resample) for axis in axes)
     across = across.mirror(axes[0].length) if turn.mirrored else across
     down = down.mirror(axes[1].length) if turn.flipped else down
-    height_first = _height_goes_first(axes)
+    height_first = height_goes_first(axes)
     columns, rows = (down, across) if turn.transposed else (across, down)
     columns_first = height_first == turn.transposed
     (left, right), (top, bottom) = columns.span, rows.span
@@ -128,8 +128,11 @@ def resize_part(
     return np.ascontiguousarray(part.swapaxes(0, 1) if turn.transposed else part)
 
 
-def _height_goes_first(axes: tuple[Axis, Axis]) -> bool:
-    # Pillow's rule; between the passes pixels are rounded, so their order shows in the result
+def height_goes_first(axes: tuple[Axis, Axis]) -> bool:
+    """Return whether the vertical pass comes first, by Pillow's rule.
+
+    Between the passes pixels are rounded, so their order shows in the result.
+    """
     lost_width, lost_height = (axis.length - axis.new_length for axis in axes)
     return lost_height > 0 and lost_height > 2 * lost_width
 

@@ -15,7 +15,7 @@ from pipeline.errors import SettingsError
 from pipeline.images.resample import Axis, find_kernel, resize_part
 from pipeline.images.turns import TURNS, Pixels, make_upright, measure
 
-_FILTERS = {
+FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
 }
@@ -50,9 +50,9 @@ class DataConfig:
             )
         if not 0 < self.crop_pct <= 1:
             raise SettingsError(f"crop_pct is {self.crop_pct}; it must be above 0 and up to 1")
-        if self.interpolation not in _FILTERS:
+        if self.interpolation not in FILTERS:
             raise SettingsError(
-                f"interpolation is {self.interpolation!r}; use one of {', '.join(_FILTERS)}"
+                f"interpolation is {self.interpolation!r}; use one of {', '.join(FILTERS)}"
             )
 
     @property
@@ -101,24 +101,41 @@ def resize_and_crop(
     if isinstance(picture, Image.Image) and picture.mode != "RGB":
         raise ValueError(f"the picture has mode {picture.mode}; convert it to RGB first")
     upright = TURNS[turn].turn_size(measure(picture))
-    new_size, crop = locate_crop(size or upright, data_config)
-    resample = _FILTERS[data_config.interpolation]
+    resample = FILTERS[data_config.interpolation]
     if find_kernel() is None and max(upright) <= _MAX_ASPECT_RATIO * min(upright):
+        new_size, crop = locate_crop(size or upright, data_config)
         image = make_upright(picture, turn).resize(new_size, resample, box)
         return np.array(image.crop(crop))
+    axes = find_axes(upright, data_config, size=size, box=box)
+    return resize_part(picture, axes, resample=resample, turn=TURNS[turn])
+
+
+def find_axes(
+    upright: tuple[int, int],
+    data_config: DataConfig,
+    *,
+    size: tuple[int, int] | None = None,
+    box: Box | None = None,
+) -> tuple[Axis, Axis]:
+    """Return how the width and the height of an upright picture become those of its crop.
+
+    ``size`` and ``box`` are those of ``resize_and_crop``.
+    """
+    new_size, crop = locate_crop(size or upright, data_config)
     begins, ends = np.asarray(box or (0, 0, *upright), np.float32).reshape(2, 2)  # as Pillow
-    axes = [
+    extents = ends - begins
+    across, down = (
         Axis(
             upright[i],
             begin=float(begins[i]),
-            extent=float(ends[i] - begins[i]),
+            extent=float(extents[i]),
             new_length=new_size[i],
             first=crop[i],
             count=data_config.image_size,
         )
         for i in range(2)
-    ]
-    return resize_part(picture, (axes[0], axes[1]), resample=resample, turn=TURNS[turn])
+    )
+    return across, down
 
 
 def locate_crop(
