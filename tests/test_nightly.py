@@ -80,6 +80,24 @@ def test_stale_input_fails_the_night_after_publishing(night: NightlyConfig) -> N
     assert SearchIndex.open(night.index.index).info.rows == 6
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_a_night_shows_but_does_not_need_never_fails_it(
+    night: NightlyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("pipeline.nightly.render_report", fail)
+    (tmp_path / "nightly.prom").mkdir()  # no file can be written there
+    options = NightlyOptions(metrics_file=str(tmp_path / "nightly.prom"))
+    report = run_nightly(replace(night, nightly=options))
+    assert report.freshness.indexed_rows == 6
+    latest = json.loads((tmp_path / "out" / "runs" / "latest.json").read_text())
+    assert latest["freshness"]["indexed_rows"] == 6
+    for what in ("the metrics file", "the page"):
+        assert f"the night goes on without {what}: " in caplog.text
+
+
 def test_one_toml_holds_the_settings_of_all(tmp_path: Path) -> None:
     path = tmp_path / "nightly.toml"
     path.write_text(
