@@ -1,8 +1,6 @@
 """Embeddings with timm and a DataLoader, as its documentation shows it: a folder in, a file out."""
 
 import argparse
-import json
-import time
 
 import numpy as np
 import timm
@@ -31,12 +29,9 @@ def main() -> None:
         dataset, batch_size=args.batch_size, num_workers=args.workers, pin_memory=device != "cpu"
     )
     vectors: list[np.ndarray] = []
-    done = 0
     with torch.inference_mode():
         for images, _ in loader:
             vectors.append(model(images.to(device, non_blocking=True)).cpu().numpy())
-            done += len(images)
-            print(json.dumps({"time": time.time(), "images": done}), flush=True)
     np.save(args.output, np.concatenate(vectors))
 
 

@@ -15,7 +15,13 @@ from typing import Any
 import torch
 
 from pipeline.backbones import list_backbones
-from pipeline.benchmark.findings import BenchmarkReport, ModelFindings, Row, compare
+from pipeline.benchmark.findings import (
+    BenchmarkReport,
+    ModelFindings,
+    Row,
+    compare,
+    find_impossible,
+)
 from pipeline.benchmark.overlap import profile_overlap
 from pipeline.benchmark.programs import measure_programs
 from pipeline.benchmark.rounds import Contender, Rate, summarise, take_turns
@@ -29,7 +35,8 @@ from pipeline.log import LOG
 from pipeline.storage import Storage
 
 _ROUND_IMAGES = 128  # most images in a round of what is measured in a process of its own
-_SHARDS_PER_CORE = 4  # so that a program's marks of progress are several, and its batches full
+_SHARDS_PER_CORE = 4  # so that all cores are busy to the end, and batches are full
+_LONG_RUN = 5  # times the images of a program's short run
 
 
 def benchmark(config: BenchmarkConfig) -> BenchmarkReport:
@@ -52,11 +59,15 @@ def _measure_models(config: BenchmarkConfig, folder: Path) -> dict[str, ModelFin
     images = collect_images(config.input, config.images, StorageOptions())
     number = min(config.images, _ROUND_IMAGES)
     per_shard = max(1, min(256, config.images // (_SHARDS_PER_CORE * count_cores())))
-    short = write_samples(images, number, folder / "round", per_shard=per_shard)
-    samples = write_samples(images, config.images, folder / "whole", per_shard=per_shard)
+    few = max(1, config.images // _LONG_RUN)
+    samples = (
+        write_samples(images, number, folder / "round", per_shard=per_shard),
+        write_samples(images, few, folder / "short", per_shard=per_shard),
+        write_samples(images, config.images, folder / "long", per_shard=per_shard),
+    )
     found = {}
     for model in list_backbones() if "all" in config.model else config.model:
-        setting = prepare_setting(config, model, folder, short=short, samples=samples)
+        setting = prepare_setting(config, model, folder, samples=samples)
         found[model] = _measure(setting)
     return found
 
@@ -79,6 +90,9 @@ def _measure(setting: Setting) -> ModelFindings:
         rates |= _measure_rounds(_list_host_contenders(setting), setting)
     programs, advice = measure_programs(setting)
     rates |= programs
+    refused = find_impossible(rates, engine=setting.config.engine[0], cores=setting.devices)
+    rates = {name: rate for name, rate in rates.items() if name not in refused}
+    advice += tuple(refused.values())
     ratios = compare(
         rates,
         engine=setting.config.engine[0],

@@ -1,8 +1,9 @@
-"""Whole programs, measured from outside: rate, CPU time of all their processes, memory.
+"""Whole programs, measured from outside: wall-clock time, CPU time of all their processes, memory.
 
-A program writes Parquet files as it goes, or says on standard output how far it is. Its rate is
-taken between the first such mark and the last, and what comes before is start-up. Nothing inside
-the program has to be trusted.
+A program's rate is the difference of a long run and a short one: (images of the long run - images
+of the short one) / (difference of their times). Start-up cancels out, and it does not matter when a
+program writes what. It would matter to a rate between the first and the last output file: whoever
+writes in bursts, or at the end, looks faster or slower at random.
 """
 
 import json
@@ -18,9 +19,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
-
 from pipeline.benchmark.rounds import Sample
 from pipeline.errors import AbortError
 
@@ -29,26 +27,60 @@ _LOOK_EVERY_S = 0.2
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _TAIL_CHARS = 3000
 
-Marks = list[tuple[float, int]]
-"""How far a program was: (seconds since 1970, images done by then), in order."""
-
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """One run of a program.
 
     Attributes:
-        sample: Images, time and CPU time between the first and the last mark.
-        startup_s: Wall-clock time that is not embedding, at the rate between the marks.
+        images: Number of images that it embedded.
+        wall_s: Wall-clock time from its start to its end.
+        cpu_s: CPU time of all its processes.
         output: What it printed on standard output.
         peak_bytes: Largest anonymous memory of one process by kind: ``driver`` (the program
             itself), ``actor`` and ``task`` (Ray's), ``other``.
     """
 
-    sample: Sample
-    startup_s: float
+    images: int
+    wall_s: float
+    cpu_s: float
     output: str
     peak_bytes: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class RunPair:
+    """A short and a long run of one program.
+
+    Attributes:
+        short: The run over fewer images.
+        long: The run over more images.
+    """
+
+    short: Run
+    long: Run
+
+    def subtract(self) -> Sample:
+        """Return what the additional images of the long run took.
+
+        Raises:
+            AbortError: The long run was not longer, by the clock or in CPU time.
+        """
+        wall_s = self.long.wall_s - self.short.wall_s
+        cpu_s = self.long.cpu_s - self.short.cpu_s
+        if wall_s <= 0 or cpu_s <= 0:
+            raise AbortError(
+                f"{self.long.images} images took {self.long.wall_s:.1f} s and "
+                f"{self.short.images} took {self.short.wall_s:.1f} s: no rate can be told from "
+                "that; measure with more --images"
+            )
+        return Sample(self.long.images - self.short.images, wall_s, cpu_s)
+
+    @property
+    def startup_s(self) -> float:
+        """Wall-clock time of the short run that its images do not account for."""
+        sample = self.subtract()
+        return self.short.wall_s - self.short.images * sample.wall_s / sample.images
 
 
 def run_program(
@@ -56,7 +88,6 @@ def run_program(
     *,
     images: int,
     output: Path,
-    workers: int = 1,
     environment: Mapping[str, str] | None = None,
 ) -> Run:
     """Run a Python program that embeds ``images`` images into ``output``.
@@ -65,14 +96,13 @@ def run_program(
         command: Its file and its arguments.
         images: Number of images.
         output: Passed on as ``--output``.
-        workers: How many processes make progress at the same time.
         environment: Variables set for it and the processes it starts.
 
     Raises:
         AbortError: It failed; the end of what it said is in the message.
     """
     tag = uuid.uuid4().hex
-    started_s = time.time()
+    started_s = time.perf_counter()
     with (
         subprocess.Popen(
             [sys.executable, *command, "--output", str(output)],
@@ -84,15 +114,13 @@ def run_program(
         ProcessWatch(tag, process.pid) as watch,
     ):
         said, errors = process.communicate()
+        wall_s = time.perf_counter() - started_s
     if process.returncode:
         raise AbortError(
             f"{' '.join(command[:2])} ended with exit code {process.returncode}: "
             f"{errors[-_TAIL_CHARS:].strip()}"
         )
-    marks = read_marks(output) or parse_marks(said)
-    sample = take_sample(marks, watch, workers=workers)
-    startup_s = marks[-1][0] - started_s - images * sample.wall_s / sample.images
-    return Run(sample, startup_s, said, watch.peak_bytes)
+    return Run(images, wall_s, watch.cpu_s, said, watch.peak_bytes)
 
 
 def run_module(module: str, spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,39 +140,6 @@ def run_module(module: str, spec: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def read_marks(folder: Path) -> Marks:
-    """Return when each Parquet file below a folder was written, and the rows until then."""
-    files = sorted(
-        (path.stat().st_mtime, pq.read_metadata(path).num_rows)
-        for path in folder.rglob("*.parquet")
-    )
-    totals = np.cumsum([rows for _, rows in files]).tolist()
-    return [(time_s, total) for (time_s, _), total in zip(files, totals, strict=True)]
-
-
-def parse_marks(output: str) -> Marks:
-    """Return the marks among what a program printed: lines ``{"time": …, "images": …}``."""
-    lines = [json.loads(line) for line in output.splitlines() if line.startswith('{"time"')]
-    return [(line["time"], line["images"]) for line in lines]
-
-
-def take_sample(marks: Marks, watch: "ProcessWatch", *, workers: int = 1) -> Sample:
-    """Return what happened between the first mark of the last worker and the last mark of all.
-
-    When the first of equal workers leaves its first mark, the others are about to, and what they
-    have done until then would count as done afterwards.
-
-    Raises:
-        AbortError: There are no two marks at different times.
-    """
-    start = max(0, min(workers, len(marks) - 1) - 1)
-    if len(marks) < 2 or marks[-1][0] <= marks[start][0]:
-        raise AbortError(f"only {len(marks)} marks of progress; measure with more --images")
-    (first_s, before), (last_s, total) = marks[start], marks[-1]
-    cpu_s = watch.cpu_until(last_s) - watch.cpu_until(first_s)
-    return Sample(total - before, last_s - first_s, cpu_s)
-
-
 class ProcessWatch:
     """Follows all processes with a tag in their environment, whoever their parent is now."""
 
@@ -153,7 +148,6 @@ class ProcessWatch:
         self._mark = f"{_TAG}={tag}".encode()
         self._driver = driver
         self._cpu_s: dict[int, float] = {}
-        self._totals: list[tuple[float, float]] = [(time.time(), 0.0)]
         self._others: set[int] = set()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -168,10 +162,10 @@ class ProcessWatch:
         self._ended.set()
         self._thread.join()
 
-    def cpu_until(self, time_s: float) -> float:
-        """Return the CPU time of all processes until then."""
-        times, totals = zip(*self._totals, strict=True)
-        return float(np.interp(time_s, times, totals))
+    @property
+    def cpu_s(self) -> float:
+        """CPU time of all processes so far, to the last look."""
+        return sum(self._cpu_s.values())
 
     def _watch(self) -> None:
         while not self._ended.wait(_LOOK_EVERY_S):
@@ -185,7 +179,6 @@ class ProcessWatch:
                 self._look_at(pid)
             except (OSError, ValueError, IndexError):
                 continue  # it has just ended
-        self._totals.append((time.time(), sum(self._cpu_s.values())))
 
     def _look_at(self, pid: int) -> None:
         folder = Path("/proc") / str(pid)

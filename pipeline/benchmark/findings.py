@@ -8,6 +8,11 @@ from typing import Any
 from pipeline.benchmark.rounds import Rate
 from pipeline.records import describe_job
 
+PROGRAMS = ("job", "job-fast", "job-decode-stage", "dataloader", "ray-recipe")
+"""Contenders that are whole programs."""
+
+_NOISE = 1.1  # as much as two figures of one thing differ on a machine that others share
+
 Row = Mapping[str, Any]
 """One line of a table, by the titles of its columns."""
 
@@ -132,6 +137,35 @@ def compare(rates: Mapping[str, Rate], *, engine: str, on_gpu: bool) -> dict[str
         job, forward, host = rates["job"], rates[everywhere], rates["host-all"]
         ratios |= _compare_to_ceilings(job, forward, host, shared=not on_gpu)
     return ratios
+
+
+def find_impossible(rates: Mapping[str, Rate], *, engine: str, cores: int) -> dict[str, str]:
+    """Return the programs that beat their own forward pass alone, with a sentence about each.
+
+    Such a figure is a broken measurement, since a program does all that and more.
+
+    Args:
+        rates: By contender; ``timm-forward`` is of one core or GPU.
+        engine: The engine that the job ran with.
+        cores: How many cores, or GPUs, the programs had.
+    """
+    ours = rates.get(f"forward:{engine}-all") or _multiply(rates.get(f"forward:{engine}"), cores)
+    theirs = _multiply(rates.get("timm-forward"), cores)
+    programs = [name for name in rates if name in PROGRAMS]
+    limits = {name: ours if name.startswith("job") else theirs for name in programs}
+    return {
+        name: (
+            f"{name} came out at {rates[name].images_per_s:.1f} images/s, more than the "
+            f"{limit.images_per_s:.1f} of its forward pass alone: a broken measurement, left out; "
+            "measure with more --images"
+        )
+        for name, limit in limits.items()
+        if limit is not None and rates[name].images_per_s > _NOISE * limit.images_per_s
+    }
+
+
+def _multiply(rate: Rate | None, factor: int) -> Rate | None:
+    return None if rate is None else Rate(rate.images_per_s * factor, rate.cpu_ms_per_image)
 
 
 def _divide(ours: str, theirs: str, our_rate: Rate, their_rate: Rate) -> dict[str, float]:

@@ -60,7 +60,6 @@ class MemoryFindings:
         shards: Number of shards of the input.
         input_bytes: Size of all shards.
         rows: Rows of the output by status.
-        images_per_s: Rate between the first part and the last.
         seconds: Time of the whole run.
         peak_bytes: Largest anonymous memory of one process by kind: ``driver``, ``actor``,
             ``task`` (those that read) and ``other`` (Ray's own). Without the object store, which
@@ -73,7 +72,6 @@ class MemoryFindings:
     shards: int
     input_bytes: int
     rows: Mapping[str, int]
-    images_per_s: float
     seconds: float
     peak_bytes: Mapping[str, int]
     object_store_bytes: int = 0
@@ -202,7 +200,6 @@ def _run_case(
         shards=len(sizes),
         input_bytes=sum(sizes),
         rows=report["rows"],
-        images_per_s=run.sample.images / run.sample.wall_s,
         seconds=report["seconds"],
         peak_bytes=run.peak_bytes,
         object_store_bytes=case.object_store_bytes,

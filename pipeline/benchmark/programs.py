@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmark.commands import Run, run_program
+from pipeline.benchmark.commands import Run, RunPair, run_program
 from pipeline.benchmark.rounds import Rate, summarise
 from pipeline.benchmark.samples import SampleSet
 from pipeline.benchmark.setting import JOBS, Setting, has_timm
@@ -25,7 +25,7 @@ VARIANTS = {
 def measure_programs(setting: Setting) -> tuple[dict[str, Rate], tuple[str, ...]]:
     """Run the programs that are wanted; return their rates, and the job's own advice."""
     programs = list_programs(setting)
-    runs: dict[str, list[Run]] = {name: [] for name in programs}
+    runs: dict[str, list[RunPair]] = {name: [] for name in programs}
     for index in range(setting.config.rounds):
         order = list(programs)
         for name in order if index % 2 == 0 else reversed(order):
@@ -73,39 +73,41 @@ def _name_model(setting: Setting) -> list[str]:
     return [*named, "--batch-size", str(setting.batch_size)]
 
 
-def run_job(command: Sequence[str], samples: SampleSet, folder: Path, *, actors: int) -> Run:
-    """Run the job over samples, into an output that is removed afterwards."""
-    return _run_once([*command, "--input", samples.shards], samples, folder, workers=actors)
+def run_job(command: Sequence[str], short: SampleSet, long: SampleSet, folder: Path) -> RunPair:
+    """Run the job over few and over many samples, into outputs that are removed afterwards."""
+    few, many = ([*command, "--input", samples.shards] for samples in (short, long))
+    return RunPair(_run_once(few, short, folder), _run_once(many, long, folder))
 
 
-def _run_once(command: Sequence[str], samples: SampleSet, folder: Path, *, workers: int = 1) -> Run:
+def _run_once(command: Sequence[str], samples: SampleSet, folder: Path) -> Run:
     output = folder / f"output-{time.monotonic_ns()}"
-    run = run_program(command, images=samples.images, output=output, workers=workers)
+    run = run_program(command, images=samples.images, output=output)
     shutil.rmtree(output, ignore_errors=True)
     return run
 
 
-def _run(name: str, command: Sequence[str], setting: Setting) -> Run:
+def _run(name: str, command: Sequence[str], setting: Setting) -> RunPair:
+    short, long, folder = setting.fewer, setting.samples, setting.folder
     if name.startswith("job"):
-        actors = setting.config.actors or setting.devices
-        run = run_job(command, setting.samples, setting.folder, actors=actors)
+        pair = run_job(command, short, long, folder)
     else:
-        given = [*command, "--images", setting.samples.files]
-        run = _run_once(given, setting.samples, setting.folder)
+        few, many = ([*command, "--images", samples.files] for samples in (short, long))
+        pair = RunPair(_run_once(few, short, folder), _run_once(many, long, folder))
+    sample = pair.subtract()
     LOG.info(
         "%s %s images_per_s=%.1f startup_s=%.1f",
         setting.model,
         name,
-        run.sample.images / run.sample.wall_s,
-        run.startup_s,
+        sample.images / sample.wall_s,
+        pair.startup_s,
     )
-    return run
+    return pair
 
 
-def _summarise(name: str, runs: Sequence[Run]) -> Rate:
-    startup_s = statistics.median(run.startup_s for run in runs)
-    rate = summarise([run.sample for run in runs], startup_s=startup_s)
-    return replace(rate, stages_ms=_read_stages(runs[-1])) if name.startswith("job") else rate
+def _summarise(name: str, runs: Sequence[RunPair]) -> Rate:
+    startup_s = statistics.median(pair.startup_s for pair in runs)
+    rate = summarise([pair.subtract() for pair in runs], startup_s=startup_s)
+    return replace(rate, stages_ms=_read_stages(runs[-1].long)) if name.startswith("job") else rate
 
 
 def _read_report(run: Run) -> Mapping[str, Any]:
@@ -120,8 +122,8 @@ def _read_stages(run: Run) -> dict[str, float]:
     return {stage: 1e3 * s / images for stage, s in report["stage_seconds"].items()}
 
 
-def _find_advice(runs: Sequence[Run]) -> Iterator[str]:
+def _find_advice(runs: Sequence[RunPair]) -> Iterator[str]:
     """Yield what the job's own report says of its last run."""
-    for run in runs[-1:]:
-        judged = _read_report(run)["efficiency"]
+    for pair in runs[-1:]:
+        judged = _read_report(pair.long)["efficiency"]
         yield f"{judged['reached']:.0%} of the ceiling by the job's own report; {judged['advice']}."

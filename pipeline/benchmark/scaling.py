@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pipeline.benchmark.commands import Run
+from pipeline.benchmark.commands import RunPair
 from pipeline.benchmark.programs import make_job_command, run_job
 from pipeline.benchmark.samples import SampleSet, draw_photograph, write_samples
 from pipeline.benchmark.setting import Setting
@@ -41,17 +41,17 @@ def measure_scaling(setting: Setting) -> list[ScalingRow]:
     rows = []
     for case, actors, samples in _list_cases(setting):
         command = [*make_job_command(setting), *_limit_actors(actors, setting)]
-        run = run_job(command, samples, setting.folder, actors=actors)
-        row = _make_row(case, actors, samples, run)
+        pair = run_job(command, *samples, setting.folder)
+        row = _make_row(case, actors, pair)
         LOG.info("%s %s images_per_s=%.1f", setting.model, case, row.images_per_s)
         rows.append(row)
     return rows
 
 
-def _list_cases(setting: Setting) -> Iterator[tuple[str, int, SampleSet]]:
+def _list_cases(setting: Setting) -> Iterator[tuple[str, int, tuple[SampleSet, SampleSet]]]:
     number = setting.config.images
     for actors in _ACTORS:
-        yield f"{actors} actors", actors, setting.samples
+        yield f"{actors} actors", actors, (setting.fewer, setting.samples)
     for times in _TIMES:
         images = [draw_photograph(seed) for seed in range(_DRAWN_IMAGES)]
         yield (
@@ -65,9 +65,14 @@ def _list_cases(setting: Setting) -> Iterator[tuple[str, int, SampleSet]]:
         yield case, setting.devices, _write(setting, name, images, number)
 
 
-def _write(setting: Setting, name: str, images: Sequence[bytes], number: int) -> SampleSet:
-    per_shard = max(1, setting.config.images // (4 * setting.cores))
-    return write_samples(images, number, setting.folder / name, per_shard=per_shard)
+def _write(
+    setting: Setting, name: str, images: Sequence[bytes], number: int
+) -> tuple[SampleSet, SampleSet]:
+    """Write the images of a short and of a long run."""
+    per_shard, folder = max(1, setting.config.images // (4 * setting.cores)), setting.folder
+    few = max(1, number * setting.fewer.images // setting.samples.images)
+    short = write_samples(images, few, folder / f"{name}-short", per_shard=per_shard)
+    return short, write_samples(images, number, folder / name, per_shard=per_shard)
 
 
 def _limit_actors(actors: int, setting: Setting) -> list[str]:
@@ -76,13 +81,13 @@ def _limit_actors(actors: int, setting: Setting) -> list[str]:
     return ["--actors", str(actors), flag, f"{min(1.0, setting.devices / actors):g}"]
 
 
-def _make_row(case: str, actors: int, samples: SampleSet, run: Run) -> ScalingRow:
-    sample = run.sample
+def _make_row(case: str, actors: int, pair: RunPair) -> ScalingRow:
+    sample = pair.subtract()
     return ScalingRow(
         case=case,
         actors=actors,
-        images=samples.images,
+        images=pair.long.images,
         images_per_s=sample.images / sample.wall_s,
         cpu_ms_per_image=1e3 * sample.cpu_s / sample.images,
-        startup_s=run.startup_s,
+        startup_s=pair.startup_s,
     )

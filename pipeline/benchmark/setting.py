@@ -28,7 +28,8 @@ class Setting:
         device: Torch device.
         cores: CPU cores of the machine.
         short: Images of a short round.
-        samples: Images of a long run.
+        fewer: Images of a program's short run.
+        samples: Images of its long run.
         folder: Where outputs may be written.
     """
 
@@ -39,6 +40,7 @@ class Setting:
     device: str
     cores: int
     short: SampleSet
+    fewer: SampleSet
     samples: SampleSet
     folder: Path
 
@@ -54,9 +56,17 @@ class Setting:
 
 
 def prepare_setting(
-    config: BenchmarkConfig, model: str, folder: Path, *, short: SampleSet, samples: SampleSet
+    config: BenchmarkConfig, model: str, folder: Path, *, samples: tuple[SampleSet, ...]
 ) -> Setting:
-    """Write the weights of a backbone and work out the rest."""
+    """Write the weights of a backbone and work out the rest.
+
+    Args:
+        config: The settings of the benchmark.
+        model: Name of the backbone.
+        folder: Where to write.
+        samples: Images of a round, of a program's short run, and of its long one.
+    """
+    short, fewer, many = samples
     weights = folder / f"{model}.safetensors"
     save_weights(load_weights(model, config.weights).state_dict, str(weights))
     data_config = resolve_data_config(model, use_test_size=config.image_size == "test")
@@ -70,7 +80,8 @@ def prepare_setting(
         device="cuda" if torch.cuda.is_available() else "cpu",
         cores=count_cores(),
         short=short,
-        samples=samples,
+        fewer=fewer,
+        samples=many,
         folder=folder,
     )
 

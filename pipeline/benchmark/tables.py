@@ -37,7 +37,6 @@ def _describe_memory(found: MemoryFindings) -> Row:
         "shards": found.shards,
         "input MB": round(found.input_bytes / 1e6, 1),
         "rows": _join(found.rows.items()),
-        "images/s": found.images_per_s,
         "driver MB": peak_mb.get("driver"),
         "actor MB": peak_mb.get("actor"),
         "read worker MB": peak_mb.get("task"),

@@ -3,25 +3,22 @@
 import io
 import json
 import os
-import time
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pictures import make_jpeg, write_tar
 from PIL import Image
 
 from jobs.benchmark import main
-from pipeline.benchmark.commands import (
-    ProcessWatch,
-    parse_marks,
-    read_marks,
-    run_module,
-    run_program,
-    take_sample,
+from pipeline.benchmark.commands import ProcessWatch, Run, RunPair, run_module, run_program
+from pipeline.benchmark.findings import (
+    BenchmarkReport,
+    ModelFindings,
+    compare,
+    find_impossible,
 )
-from pipeline.benchmark.findings import BenchmarkReport, ModelFindings, compare
 from pipeline.benchmark.rounds import Contender, Rate, Sample, summarise, take_turns
 from pipeline.benchmark.samples import collect_images, draw_photograph, write_samples
 from pipeline.benchmark.worker import count_flops, loop_over_pillow
@@ -82,16 +79,10 @@ def test_a_rate_is_the_median_of_its_rounds():
 
 
 PROGRAM = """
-import sys, time, subprocess
-from pathlib import Path
-import pyarrow as pa, pyarrow.parquet as pq
-output = Path(sys.argv[sys.argv.index("--output") + 1])
-output.mkdir()
+import sys, subprocess
 busy = "import time\\nwhile time.process_time() < 1: pass"
 child = subprocess.Popen([sys.executable, "-c", busy], start_new_session=True)
-for part in range(3):
-    pq.write_table(pa.table({"x": range(10)}), output / f"{part}.parquet")
-    child.wait()
+child.wait()
 print("done")
 """
 
@@ -100,20 +91,53 @@ def test_a_program_is_measured_with_the_processes_it_leaves_to_themselves(tmp_pa
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)
     run = run_program([str(script)], images=30, output=tmp_path / "out")
-    assert run.sample.images == 20
-    assert run.sample.cpu_s > 0.3
+    assert run.images == 30
+    assert run.cpu_s > 0.3
+    assert run.wall_s > 0.3
     assert run.output == "done\n"
     assert set(run.peak_bytes) == {"driver", "other"}
     assert all(number > 1_000_000 for number in run.peak_bytes.values())
 
 
-def test_what_other_workers_did_before_their_first_mark_does_not_count():
-    watch = ProcessWatch("nobody", os.getpid())
-    marks = [(10.0, 64), (10.5, 128), (20.0, 192), (20.5, 256)]
-    assert take_sample(marks, watch, workers=1).images == 192
-    both = take_sample(marks, watch, workers=2)
-    assert (both.images, both.wall_s) == (128, 10.0)
-    assert take_sample(marks[:2], watch, workers=8).images == 64
+def make_run(images: int, wall_s: float, cpu_s: float) -> Run:
+    return Run(images, wall_s, cpu_s, "", {})
+
+
+@given(
+    startup_s=st.floats(0.1, 100),
+    image_s=st.floats(1e-4, 1),
+    few=st.integers(1, 1000),
+    more=st.integers(1, 10_000),
+)
+def test_start_up_cancels_out_of_a_programs_rate(startup_s, image_s, few, more):
+    short = make_run(few, startup_s + few * image_s, 2 * (startup_s + few * image_s))
+    many = few + more
+    long = make_run(many, startup_s + many * image_s, 2 * (startup_s + many * image_s))
+    pair = RunPair(short, long)
+    sample = pair.subtract()
+    assert sample.images == more
+    assert sample.wall_s / more == pytest.approx(image_s, rel=1e-6, abs=1e-9)
+    assert sample.cpu_s / more == pytest.approx(2 * image_s, rel=1e-6, abs=1e-9)
+    assert pair.startup_s == pytest.approx(startup_s, rel=1e-4, abs=1e-5)
+
+
+def test_a_long_run_that_was_not_longer_gives_no_rate():
+    with pytest.raises(AbortError, match=r"no rate can be told from that; measure with more --im"):
+        RunPair(make_run(10, 5.0, 5.0), make_run(50, 5.0, 6.0)).subtract()
+
+
+def test_a_program_that_beats_its_own_forward_pass_is_left_out_and_named():
+    rates = {
+        "forward:torch-all": make_rate(75.0, 22.0),
+        "timm-forward": make_rate(20.0, 40.0),
+        "job": make_rate(70.0, 26.0),
+        "job-fast": make_rate(90.0, 20.0),
+        "dataloader": make_rate(39.0, 52.0),
+        "ray-recipe": make_rate(131.0, 52.0),
+    }
+    refused = find_impossible(rates, engine="torch", cores=2)
+    assert set(refused) == {"job-fast", "ray-recipe"}
+    assert "131.0 images/s, more than the 40.0 of its forward pass alone" in refused["ray-recipe"]
 
 
 def test_a_program_that_fails_says_why(tmp_path: Path):
@@ -123,31 +147,10 @@ def test_a_program_that_fails_says_why(tmp_path: Path):
         run_program([str(script)], images=1, output=tmp_path / "out")
 
 
-def test_a_program_without_progress_cannot_be_measured(tmp_path: Path):
-    script = tmp_path / "program.py"
-    script.write_text("pass")
-    with pytest.raises(AbortError, match="only 0 marks of progress; measure with more --images"):
-        run_program([str(script)], images=1, output=tmp_path / "out")
-
-
-def test_progress_is_read_from_parquet_files_in_the_order_they_were_written(tmp_path: Path):
-    for index, rows in enumerate((4, 1, 2)):
-        path = tmp_path / f"parts/{9 - index}/0.parquet"
-        path.parent.mkdir(parents=True)
-        pq.write_table(pa.table({"x": range(rows)}), path)
-        os.utime(path, (100 + index, 100 + index))
-    assert read_marks(tmp_path) == [(100.0, 4), (101.0, 5), (102.0, 7)]
-
-
-def test_progress_is_read_from_what_a_program_prints():
-    said = 'loading\n{"time": 1.5, "images": 16}\n{"time": 2.5, "images": 32}\n'
-    assert parse_marks(said) == [(1.5, 16), (2.5, 32)]
-
-
 def test_only_processes_with_the_tag_are_followed():
     watch = ProcessWatch("no-process-has-this-tag", driver=os.getpid())
     watch._look()
-    assert watch.cpu_until(time.time()) == 0.0
+    assert watch.cpu_s == 0.0
     assert watch.peak_bytes == {}
 
 

@@ -32,7 +32,6 @@ def test_a_small_run_is_accounted_for_and_leaves_nothing_behind(tmp_path: Path):
     [found] = measure_memory(tmp_path, scale=0.001, names=["1x"])
     assert (found.case, found.images, found.shards) == ("1x", 16, 4)
     assert found.rows == {"ok": 16}
-    assert found.images_per_s > 0
     assert found.seconds > 0
     assert {"driver", "actor", "task"} <= set(found.peak_bytes)
     assert all(found.peak_bytes[kind] > 20 * MIB for kind in ("driver", "actor", "task"))
