@@ -10,6 +10,7 @@ import io
 import os
 import pickle
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from pipeline.backbones.config import BackboneConfig
 from pipeline.backbones.registry import find_backbone
 from pipeline.backbones.seeded import draw_state_dict
 from pipeline.errors import ObjectMissingError, StorageError, WeightsError
-from pipeline.storage import Storage
+from pipeline.storage import Storage, join_uri
 
 _REMEDY = (
     "give weights as a path or URI of a .safetensors file or torch checkpoint, "
@@ -40,6 +41,10 @@ _RANDOM = "random:"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that is there
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
+_PARENTS = ("model.", "backbone.", "net.", "network.", "encoder.", "student.")
+"""What training programs call the network in their own module, as Lightning's do."""
+
+_CHECKPOINT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".tar")
 _BATCH_COUNTER = "num_batches_tracked"  # a training-time count; decides no number
 _MAX_LISTED_KEYS = 10
 
@@ -190,9 +195,24 @@ def _read_checkpoint(uri: str, storage: Storage) -> bytes:
     try:
         return storage.read(uri)
     except ObjectMissingError as error:
-        raise WeightsError(f"no weights at {uri!r}; {_REMEDY}, or as pretrained") from error
+        return _read_folder(uri, storage, error)
     except StorageError as error:
         raise WeightsError(f"cannot read the weights: {error}") from error
+
+
+def _read_folder(uri: str, storage: Storage, missing: ObjectMissingError) -> bytes:
+    """Read the checkpoint of a folder as timm and the hub's client save a model."""
+    for name in _HUB_FILES:
+        with suppress(ObjectMissingError):
+            return storage.read(join_uri(uri, name))
+    with suppress(StorageError):
+        found = [o.uri for o in storage.list_objects(uri) if o.uri.endswith(_CHECKPOINT_SUFFIXES)]
+        if found:
+            raise WeightsError(
+                f"{uri!r} is a folder without {' or '.join(_HUB_FILES)}; give the checkpoint "
+                f"itself, such as {found[0]}"
+            ) from missing
+    raise WeightsError(f"no weights at {uri!r}; {_REMEDY}, or as pretrained") from missing
 
 
 def _fit_checkpoint(
@@ -219,7 +239,10 @@ def _decode(data: bytes, source: str) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):  # training settings
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = "it holds other objects than tensors, or is no checkpoint at all"
+        reason = (
+            "it holds other objects than tensors, or is no checkpoint at all; where you trust it, "
+            "load it yourself with weights_only=False and save its state_dict alone"
+        )
         raise WeightsError(f"cannot read the weights in {source!r}: {reason}") from error
     except (SafetensorError, RuntimeError, ValueError, EOFError, KeyError) as error:
         raise WeightsError(f"cannot read the weights in {source!r}: {error}") from error
@@ -236,10 +259,19 @@ def _unwrap(checkpoint: Any, source: str) -> dict[str, Tensor]:
     strays = [key for key, value in checkpoint.items() if not isinstance(value, Tensor)]
     if strays:
         raise WeightsError(f"no weights in {source!r}: {_shorten(strays)} are not tensors")
-    return {_strip_prefixes(key): tensor for key, tensor in checkpoint.items()}
+    return _strip_prefixes(checkpoint)
 
 
-def _strip_prefixes(key: str) -> str:
+def _strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name the tensors as the network itself does; a parent's name goes if all of them have it."""
+    stripped = {_strip_wrappers(key): tensor for key, tensor in state_dict.items()}
+    for parent in _PARENTS:
+        if all(key.startswith(parent) for key in stripped):
+            return _strip_prefixes({k.removeprefix(parent): t for k, t in stripped.items()})
+    return stripped
+
+
+def _strip_wrappers(key: str) -> str:
     while key.startswith(_PREFIXES):
         key = key.partition(".")[2]
     return key
@@ -270,7 +302,20 @@ def _check_fit(
     }
     found = [f"{kind}: {_shorten(keys)}" for kind, keys in problems.items() if keys]
     if found:
-        raise WeightsError(f"the weights in {source!r} do not fit {backbone}; {'; '.join(found)}")
+        hint = _find_parent(state_dict, expected)
+        raise WeightsError(
+            f"the weights in {source!r} do not fit {backbone}; {'; '.join(found)}{hint}"
+        )
+
+
+def _find_parent(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """Return a hint where the network's keys are all there, under the name of a parent."""
+    first = next(iter(expected))
+    for parent in (key.removesuffix(first) for key in state_dict if key.endswith(f".{first}")):
+        inside = {key.removeprefix(parent) for key in state_dict if key.startswith(parent)}
+        if inside >= {key for key in expected if not key.endswith(_BATCH_COUNTER)}:
+            return f"; all its keys are there under {parent!r}: save that part alone"
+    return ""
 
 
 def _shorten(keys: Iterable[str]) -> str:

@@ -64,12 +64,57 @@ def test_every_backbone_comes_back_from_safetensors_with_the_same_bits(
         ("model_ema", "module._orig_mod."),
         ("state_dict", ""),
         ("model", "_orig_mod.module."),
+        ("state_dict", "model."),  # Lightning
+        ("state_dict", "model._orig_mod."),
+        ("state_dict", "module.backbone.net."),
     ],
 )
 def test_a_torch_checkpoint_is_unwrapped(wrapper, prefix, state_dict, write):
     value = {prefix + key: tensor for key, tensor in state_dict.items()}
     path = write({wrapper: value, "epoch": 3} if wrapper else value)
     assert_same(load_weights(NAME, path), state_dict)
+
+
+def test_weights_beside_others_are_found_under_their_parents_name_and_the_remedy_loads_them(
+    state_dict, write
+):
+    both = {"criterion.weight": torch.ones(3)}
+    both |= {f"lit.model.{key}": tensor for key, tensor in state_dict.items()}
+    reason = refusal(write({"state_dict": both}))
+    assert "all its keys are there under 'lit.model.': save that part alone" in reason
+    part = {key[10:]: tensor for key, tensor in both.items() if key.startswith("lit.model.")}
+    assert_same(load_weights(NAME, write(part)), state_dict)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_folder_as_timm_saves_it_is_read(state_dict, tmp_path, name):
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    if name.endswith("bin"):
+        torch.save(dict(state_dict), folder / name)
+    else:
+        save_weights(state_dict, str(folder / name))
+    assert_same(load_weights(NAME, folder), state_dict)
+
+
+def test_a_folder_of_other_checkpoints_names_one_to_give(state_dict, tmp_path):
+    torch.save(dict(state_dict), tmp_path / "epoch=3.ckpt")
+    reason = refusal(str(tmp_path))
+    assert "is a folder without model.safetensors or pytorch_model.bin" in reason
+    assert reason.endswith(f"such as {tmp_path}/epoch=3.ckpt")
+    assert_same(load_weights(NAME, reason.rpartition(" ")[2]), state_dict)
+
+
+def test_a_checkpoint_with_objects_says_how_to_save_its_tensors(state_dict, write):
+    path = write({"state_dict": dict(state_dict), "hyper_parameters": Settings()})
+    assert "load it yourself with weights_only=False and save its state_dict" in refusal(path)
+    remedied = torch.load(path, weights_only=False)["state_dict"]
+    assert_same(load_weights(NAME, write(remedied)), state_dict)
+
+
+class Settings:
+    """Stands for what training programs keep in their checkpoints."""
 
 
 def test_averaged_weights_go_before_plain_ones(state_dict, write):
