@@ -184,10 +184,13 @@ faiss = load_faiss()
 index = faiss.IndexFlatIP(64)
 index.add(np.ones((100, 64), np.float32))
 codes.write_index(index, Path(sys.argv[1]))
-codes.read_index(Path(sys.argv[1]), shown_as="x").add(np.ones((1, 64), np.float32))
+opened = codes.read_index(Path(sys.argv[1]), shown_as="x")
+print("opened", flush=True)
+opened.add(np.ones((1, 64), np.float32))
 """
     path = str(tmp_path / "index.faiss")
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, check=False)
+    assert done.stdout == b"opened\n"
     assert done.returncode < 0  # by a signal
 
 
