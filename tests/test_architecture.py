@@ -44,7 +44,6 @@ DOORS = {
     "tyro": {"pipeline.cli"},
     "timm": {"jobs.baselines.*", "pipeline.benchmark.*"},
     "torchvision": {"pipeline.images.gpu"},
-    "simplejpeg": {"pipeline.images.jpeg"},
 }
 
 # Layers, low to high: a module imports from its own layer or a lower one; folders of one layer are

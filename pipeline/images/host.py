@@ -71,13 +71,7 @@ def make_crop(data: bytes, recipe: CropRecipe) -> Crop:
         data, limits=recipe.limits, exif=recipe.exif, draft_size=recipe.draft_size
     )
     decoded_s = time.thread_time()
-    pixels = resize_and_crop(
-        decoded.picture,
-        recipe.data_config,
-        size=decoded.size,
-        box=decoded.box,
-        turn=decoded.turn,
-    )
+    pixels = resize_and_crop(decoded.image, recipe.data_config, size=decoded.size, box=decoded.box)
     digest = image_digest(data)
     return Crop(
         pixels,

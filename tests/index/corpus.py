@@ -1,6 +1,7 @@
 """An embeddings output that can be added to, changed and taken from, as the embed job would."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,13 +28,17 @@ def make_space(dim: int, **changes: object) -> Space:
 
 @dataclass
 class Corpus:
-    """Writes shards of vectors; ``vectors`` holds what should be searchable, by key."""
+    """Writes shards of vectors; ``vectors`` holds what should be searchable, by key.
+
+    ``label`` makes the ``cls`` of vectors; their place in the shard does where it is None.
+    """
 
     output: str
     dim: int
     carry: tuple[str, ...] = ("cls",)
     storage: Storage = STORAGE
     part_rows: int = 500
+    label: Callable[[np.ndarray], list[str]] | None = None
     vectors: dict[str, np.ndarray] = field(default_factory=dict)
     keys: dict[str, list[str]] = field(default_factory=dict)
     _versions: int = 0
@@ -152,6 +157,8 @@ class Corpus:
         for column in self.carry:
             untold = pa.types.is_null(self.info.schema.field(column).type)
             columns[column] = [None if untold else f"class {place % 10}" for place in places]
+        if self.label is not None:
+            columns["cls"] = self.label(vectors)
         return pa.table(columns, schema=self.info.schema)
 
 

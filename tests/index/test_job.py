@@ -383,7 +383,10 @@ def test_recall_that_misses_the_target_is_not_published(corpus, uri, monkeypatch
     monkeypatch.setattr("pipeline.index.build.tune.CANDIDATES", (100,))
     monkeypatch.setattr(
         "pipeline.index.search.segment.Segment._rank",
-        lambda self, r, k, s, rows: (np.sort(s, axis=1)[:, :k], rows[:, ::-1][:, :k]),
+        lambda self, queries, scores, *, candidates, k: (
+            np.sort(scores, axis=1)[:, :k].astype(np.float64),
+            candidates[:, ::-1][:, :k],
+        ),
     )
     with pytest.raises(PublishError, match=r"recall@10 is 0\.\d+ .*the target 0.95.*--force"):
         build(corpus, uri, kind="rabitq", queries=50)

@@ -1,4 +1,4 @@
-"""Held-out queries and their exact neighbours, kept segment by segment.
+"""Queries to measure with and their exact neighbours, kept segment by segment.
 
 The exact neighbours of a query over the whole index are the best of its exact neighbours in each
 segment. So every segment computes its own while its rows stream by, no later run has to read the
@@ -6,31 +6,8 @@ vectors again, and deletions only strike entries out. A *floor* per query (the s
 neighbour when the queries were drawn) keeps what later segments add down to what matters.
 """
 
-import json
-import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass, field
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
-from pipeline.errors import CorruptionError, ObjectMissingError
-from pipeline.index.faiss import codes
-from pipeline.index.faiss.codec import Codec, read_codec
-from pipeline.index.faiss.codes import Floats
-from pipeline.index.files import FileStore, describe_file
-from pipeline.index.faiss.package import set_threads
-from pipeline.index.manifest import CodecInfo, FileInfo, SegmentInfo, ShardRows, digest_bytes
-from pipeline.index.build.rows import Block, PartSource, SegmentSource, iter_blocks, sum_shards
-from pipeline.records import digest_json
-from pipeline.storage import Storage, join_uri
-
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -39,8 +16,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.index.faiss.codes import Floats, Rows, search_exact
-
+from pipeline.index.faiss.codes import Doubles, Floats, Rows, search_exact
+from pipeline.index.files import FileStore
+from pipeline.index.manifest import FileInfo
+from pipeline.index.vectors import normalise_rows
 
 DEPTH = 128
 """Exact neighbours kept per query: 100 to measure by, the rest so that deletions leave 100."""
@@ -48,13 +27,20 @@ DEPTH = 128
 TIE = 3e-6
 """Scores closer than this are equal: the order of summation moves a cosine less."""
 
+ROUNDING = 1e-4
+"""How much storing a vector as float16 moves its cosine to another, at most."""
+
+BLEND = 0.2
+"""How far queries lie on the way from one held-out row to another."""
+
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    """Rows that were held out of training, to measure with.
+    """Vectors to measure with, which no training has seen.
 
     Attributes:
-        keys: Their keys; a row is not its own neighbour.
+        keys: The keys of those that are rows of the index, where a row is not its own neighbour;
+            empty for others.
         vectors: Unit vectors, float32 (n, dim).
         floors: Scores below which neighbours are not kept, float32 (n,).
     """
@@ -121,8 +107,16 @@ class TruthBuilder:
             self._scores = np.take_along_axis(self._scores, best, axis=1)
             self._rows = np.take_along_axis(self._rows, best, axis=1)
 
-    def finish(self) -> Truth:
-        """Return what was found, without what lies below the floors."""
+    def finish(self, known: Truth | None = None) -> Truth:
+        """Return what was found, without what lies below the floors.
+
+        Args:
+            known: Better scores of some of the rows: those of the vectors as embedded, where the
+                rows were read from a segment, which has rounded them.
+        """
+        if known is not None and self._scores.shape[1]:
+            better = look_up(known, self._rows)
+            self._scores = np.where(np.isfinite(better), better, self._scores)
         order = np.argsort(-self._scores, axis=1, kind="stable")
         scores = np.take_along_axis(self._scores, order, axis=1)
         rows = np.take_along_axis(self._rows, order, axis=1)
@@ -139,6 +133,18 @@ def read_queries(files: FileStore, queries: Mapping[str, FileInfo], dim: int) ->
     return decode_queries(files.fetch(queries["queries"]).read_bytes(), floors)
 
 
+"""Exact neighbours kept per query: 100 to measure by, the rest so that deletions leave 100."""
+
+
+def join_truths(truths: Sequence[Truth]) -> Truth:
+    """Put together what is known of different rows of one segment, in no order."""
+    return Truth(
+        np.concatenate([truth.query for truth in truths]),
+        np.concatenate([truth.row for truth in truths]),
+        np.concatenate([truth.score for truth in truths]),
+    )
+
+
 def merge_truths(truths: Sequence[Truth], count: int, depth: int = DEPTH) -> Floats:
     """Return the best scores of each query over all segments, (count, depth), -inf padded."""
     query = np.concatenate([truth.query for truth in truths])
@@ -152,10 +158,59 @@ def merge_truths(truths: Sequence[Truth], count: int, depth: int = DEPTH) -> Flo
     return merged
 
 
+def look_up(truth: Truth, rows: Rows) -> Floats:
+    """Return the exact scores of rows for each query, (n, m); -inf for those that it does not hold.
+
+    Args:
+        truth: The exact neighbours in a segment.
+        rows: Row numbers in that segment, -1 for none, (n, m).
+    """
+    known = truth.query.astype(np.int64) << 32 | truth.row
+    order = np.argsort(known)
+    wanted = np.arange(len(rows))[:, None] << 32 | rows
+    places = np.searchsorted(known, wanted, sorter=order).clip(max=len(known) - 1)
+    if not len(known):
+        return np.full(rows.shape, -np.inf, np.float32)
+    held = (known[order[places]] == wanted) & (rows >= 0)
+    return np.where(held, truth.score[order[places]], np.float32(-np.inf))
+
+
+def score_as_embedded(truth: Truth, scores: Doubles, rows: Rows) -> Floats:
+    """Return the exact scores of what a search found; -inf for what is no exact neighbour.
+
+    Where more rows are equally near than a query's exact neighbours that are kept, which of them
+    were kept is chance; others that score like the last one count as much.
+
+    Args:
+        truth: The exact neighbours in a segment.
+        scores: What the search says of the rows, (n, m).
+        rows: What it found, (n, m).
+    """
+    exact = look_up(truth, rows)
+    counts = np.bincount(truth.query, minlength=len(rows))[: len(rows)]
+    last = np.full(len(rows), np.inf, np.float32)
+    full = counts >= DEPTH
+    last[full] = truth.score[np.cumsum(counts)[full] - 1]
+    tied = ~np.isfinite(exact) & (scores >= last[:, None] - ROUNDING)
+    return np.where(tied, last[:, None], exact)
+
+
 def drop_dead(truth: Truth, dead: npt.NDArray[np.bool_]) -> Truth:
     """Return the neighbours in a segment that are not deleted."""
     live = ~dead[truth.row]
     return Truth(truth.query[live], truth.row[live], truth.score[live])
+
+
+def blend_rows(vectors: Floats) -> Floats:
+    """Return queries that resemble rows but are none: each moved some way to the next one.
+
+    A row that is its own query has its near duplicates for neighbours, such as the frames of its
+    video, which any index finds; a picture that is new to the collection has none.
+
+    Args:
+        vectors: Unit vectors in random order, float32 (n, dim).
+    """
+    return normalise_rows((1 - BLEND) * vectors + BLEND * np.roll(vectors, 1, axis=0))
 
 
 def encode_queries(keys: Sequence[str], vectors: Floats) -> bytes:

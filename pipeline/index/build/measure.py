@@ -8,25 +8,24 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.index.faiss.codes import Floats, Rows
+from pipeline.index.faiss.codes import Doubles, Floats, Rows
 from pipeline.index.files import FileStore
 from pipeline.index.faiss.package import set_threads
 from pipeline.index.manifest import CodecInfo, FileInfo, SearchParams, SegmentInfo, Tombstones
-from pipeline.index.search.segment import OVERFETCH, Mask, Request, Segment, keep_best
+from pipeline.index.search.segment import DEPTHS, Mask, Request, Segment, keep_best
 from pipeline.index.vectors import read_bits
 from pipeline.index.search.segment import open_codec
 from pipeline.index.build.ground_truth import read_queries
-from pipeline.index.build.ground_truth import DEPTH, TIE, Queries, Truth, count_hits, drop_dead, merge_truths
-
+from pipeline.index.build.ground_truth import DEPTH, Queries, Truth, count_hits, drop_dead, merge_truths, score_as_embedded
 
 RANKS = (1, 10, 100)
-DEPTHS = (10, 100)
-"""Neighbours asked for; who asks for more gets more candidates, and so better first ones."""
+
+GATED_RANKS = (10, 100)
+"""Neighbours at which recall has to reach the target; searches for more look further."""
 
 TIMED_QUERIES = 100
 SELF_HIT_ROWS = 200
-SELF_TOLERANCE = 2.0**-11 + TIE
-"""Exact codes and stored float16 vectors, which round by at most that share, score so far apart."""
+
 
 Z_95 = 1.96
 
@@ -61,14 +60,16 @@ class SegmentMeasure:
     """What was measured in one segment.
 
     Attributes:
-        scores: Best scores of each query for each setting and each of ``DEPTHS``, (n, <= depth).
+        scores: Best scores of each query for each setting, (n, m).
+        embedded: The same rows' scores as embedded; -inf if not among the exact neighbours, (n, m).
         seconds: Time of single queries in the segment for each setting, (t,).
         shared_seconds: Time of what single queries need once for all segments, (t,).
         self_hits: Rows that found themselves.
         self_tried: Rows that should have.
     """
 
-    scores: tuple[Mapping[int, Floats], ...]
+    scores: tuple[Doubles, ...]
+    embedded: tuple[Floats, ...]
     seconds: tuple[Floats, ...]
     shared_seconds: tuple[Floats, ...]
     self_hits: int
@@ -124,29 +125,32 @@ def measure_segment(task: MeasureTask) -> SegmentMeasure:
     )
     mask = Mask.from_flags(~dead, chosen=False) if task.tombstones else None
     own = np.array([_find_own(segment, key) for key in queries.keys], np.int64)
-    scores = tuple(
-        _search_others(segment, queries.vectors, own=own, params=p, mask=mask)
-        for p in task.settings
-    )
+    truth = Truth.from_bytes(task.files.fetch(task.segment.files["truth"]).read_bytes())
+    scores, embedded = [], []
+    for params in task.settings:
+        found = _search_others(segment, queries.vectors, own=own, params=params, mask=mask)
+        scores.append(found[0])
+        embedded.append(score_as_embedded(truth, *found))
     if not task.timed:
-        return SegmentMeasure(scores, (), (), 0, 0)
+        return SegmentMeasure(tuple(scores), tuple(embedded), (), (), 0, 0)
     timed = [
         _time_queries(segment, queries.vectors, params=params, mask=mask)
         for params in task.settings
     ]
     hits, tried = _count_self_hits(segment, task.settings[-1], mask)
     shared, single = tuple(t[0] for t in timed), tuple(t[1] for t in timed)
-    return SegmentMeasure(scores, single, shared, hits, tried)
+    return SegmentMeasure(tuple(scores), tuple(embedded), single, shared, hits, tried)
 
 
 def _find_own(segment: Segment, key: str) -> int:
-    row = segment.keys.find_row(key)
+    row = segment.keys.find_row(key) if key else None
     return -1 if row is None else row
 
 
 def _make_request(segment: Segment, vectors: Floats, *, params: SearchParams, k: int) -> Request:
     rotated = segment.codec.rotate(vectors)
-    return Request(vectors, rotated, k, params, segment.codec.find_lists(rotated, params.nprobe))
+    lists = segment.codec.find_lists(rotated, params.nprobe)
+    return Request(vectors, rotated, k, DEPTHS[0], params, lists)
 
 
 def _search_others(
@@ -156,16 +160,11 @@ def _search_others(
     own: Rows,
     params: SearchParams,
     mask: Mask | None,
-) -> dict[int, Floats]:
-    """Return the best scores of each query by depth, its own row left out."""
-    found: dict[int, Floats] = {}
-    same = segment.info.kind == "flat" or params.candidates >= OVERFETCH * (max(DEPTHS) + 1)
-    for depth in DEPTHS[-1:] if same else DEPTHS:
-        request = _make_request(segment, vectors, params=params, k=depth + 1)
-        scores, rows = segment.search(request, mask)
-        scores = np.where(rows == own[:, None], -np.inf, scores).astype(np.float32)
-        found[depth] = keep_best(scores, rows, depth)[0]
-    return {depth: found.get(depth, found[max(DEPTHS)])[:, :depth] for depth in DEPTHS}
+) -> tuple[Doubles, Rows]:
+    """Return the best scores and rows of each query, its own row left out."""
+    request = _make_request(segment, vectors, params=params, k=max(RANKS) + 1)
+    scores, rows = segment.search(request, mask)
+    return keep_best(np.where(rows == own[:, None], -np.inf, scores), rows, max(RANKS))
 
 
 def _time_queries(
@@ -192,9 +191,7 @@ def _count_self_hits(segment: Segment, params: SearchParams, mask: Mask | None) 
     if not len(rows):
         return 0, 0
     scores, _ = segment.search(_make_request(segment, vectors, params=params, k=10), mask)
-    # An exact duplicate is as good as the row itself.
-    own = np.einsum("nd,nd->n", vectors, vectors)
-    return int((scores[:, 0] >= own - SELF_TOLERANCE).sum()), len(rows)
+    return int((scores[:, 0] == 1).sum()), len(rows)  # of exact duplicates, either is right
 
 
 def combine(
@@ -213,14 +210,11 @@ def combine(
     hits = sum(measure.self_hits for measure in measures)
     outcomes = []
     for number, params in enumerate(settings):
-        found = {
-            depth: -np.sort(-np.concatenate([m.scores[number][depth] for m in measures], 1), 1)
-            for depth in DEPTHS
-        }
-        recall = {
-            rank: estimate_recall(found[min(d for d in DEPTHS if d >= rank)], truth, rank)
-            for rank in RANKS
-        }
+        scores = np.concatenate([measure.scores[number] for measure in measures], axis=1)
+        embedded = np.concatenate([measure.embedded[number] for measure in measures], axis=1)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, : max(RANKS)]
+        found = np.take_along_axis(embedded, best, axis=1)
+        recall = {rank: estimate_recall(found, truth, rank) for rank in RANKS}
         latency = _sum_latency(measures, number) if tried else None
         share = hits / tried if tried else None
         outcomes.append(Measured(params, recall, latency, len(truth), share))

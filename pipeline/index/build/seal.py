@@ -12,7 +12,7 @@ from pipeline.index.build.plotting import settle_map
 from pipeline.index.build.gates import Gate, check_files, check_keys, check_recall, check_row_drop, check_rows, check_self_hits
 from pipeline.index.faiss.package import describe_engine
 from pipeline.index.manifest import FileInfo, Manifest, SearchParams, Tombstones, digest_bytes, put_file
-from pipeline.index.build.measure import Measured, MeasureTask, combine, measure_segment, read_truth
+from pipeline.index.build.measure import GATED_RANKS, Measured, MeasureTask, combine, measure_segment, read_truth
 from pipeline.index.publish import name_generation
 from pipeline.index.vectors import pack_bits
 from pipeline.index.build.ground_truth import read_queries
@@ -138,7 +138,7 @@ def measure_draft(build: Build, draft: Draft, tombstones: Mapping[str, Tombstone
     target = build.config.target_recall
     if build.parent is not None and build.parent.codec == draft.codec:
         [again] = measure([build.parent.search], True)
-        if again.recall[10][0] >= target:
+        if all(again.recall[rank][0] >= target for rank in GATED_RANKS):
             return Tuned(again, ())
     return tune(
         draft.codec.kind,

@@ -3,7 +3,7 @@
 import tempfile
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,14 @@ from pipeline.index.manifest import (
     unseal,
 )
 from pipeline.index.build.rows import Block, PartSource, SegmentSource, iter_blocks, sum_shards
-from pipeline.index.build.ground_truth import Queries, TruthBuilder, decode_queries
+from pipeline.index.build.ground_truth import Truth, TruthBuilder, drop_dead, join_truths
+from pipeline.index.vectors import unpack_bits
 from pipeline.records import digest_json
 from pipeline.storage import Storage, join_uri
 from pipeline.index.build.ground_truth import read_queries
 from pipeline.index.search.segment import open_codec
 
-
-BUILD_VERSION = 1
+BUILD_VERSION = 2
 """Part of every segment's name: raise it when the same rows would make other files."""
 
 COSINE_STRIDE = 16
@@ -177,12 +177,9 @@ class _SegmentWriter:
         totals.shards += block.shards
         if not len(block.vectors):
             return
-        halves = block.vectors.astype(np.float16)
-        self._vectors.write(halves.tobytes())
+        self._vectors.write(block.vectors.astype(np.float16).tobytes())
         self._write_keys(block.keys)
-        # The truth is what a search without shortcuts would find, so it rounds as that does.
-        exact = block.vectors if self._codec.is_exact else halves.astype(np.float32)
-        self._truth.add(exact, block.keys.column("key"), totals.rows)
+        self._truth.add(block.vectors, block.keys.column("key"), totals.rows)
         rotated = self._codec.rotate(block.vectors)
         self._index.add(rotated)
         self._measure_cosine(rotated)
@@ -211,12 +208,29 @@ class _SegmentWriter:
         self._keys.close()
         first_key, last_key = self._write_order(folder)
         codes.write_index(self._index, self._scratch / "index.faiss")
-        (self._scratch / "truth.bin").write_bytes(self._truth.finish().to_bytes())
+        truth = self._truth.finish(self._read_known_truth())
+        (self._scratch / "truth.bin").write_bytes(truth.to_bytes())
         sizes = codes.count_list_sizes(self._index)
         if len(sizes):
             sizes.tofile(self._scratch / "lists.u32")
         info = self._describe(self._upload(folder), first_key, last_key)
         return BuiltSegment(info, sum_shards(self._totals.shards))
+
+    def _read_known_truth(self) -> Truth | None:
+        """Return what the segments that are merged knew of the queries, at their rows' new places.
+
+        They saw the vectors as embedded, and hold them rounded.
+        """
+        known, first = [], 0
+        for source in self._task.sources:
+            if isinstance(source, SegmentSource):  # these come before all others
+                path = self._files.fetch(source.segment.files["truth"])
+                dead = unpack_bits(source.dead, source.segment.rows)
+                truth = drop_dead(Truth.from_bytes(path.read_bytes()), dead)
+                places = first + np.cumsum(~dead) - 1
+                known.append(replace(truth, row=places[truth.row].astype(np.uint32)))
+                first += int((~dead).sum())
+        return join_truths(known) if known else None
 
     def _describe(
         self, files: Mapping[str, FileInfo], first_key: str, last_key: str

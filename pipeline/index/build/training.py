@@ -22,7 +22,7 @@ from pipeline.index.map import MAX_POINTS, choose_method, draw_map
 from pipeline.index.build.rows import Block, PartSource, merge_blocks, read_ahead, read_part_rows
 from pipeline.index.build.kinds import Plan
 from pipeline.index.workers import Workers
-from pipeline.index.build.ground_truth import encode_queries
+from pipeline.index.build.ground_truth import blend_rows, encode_queries
 from pipeline.records import digest_json
 from pipeline.storage import join_uri
 
@@ -32,7 +32,7 @@ ROWS_PER_PART = 64
 
 PARTS_PER_TASK = 256
 
-TRAINING_VERSION = 1
+TRAINING_VERSION = 2
 """Part of every training's identity: raise it when the same input would come to something else."""
 
 
@@ -169,7 +169,7 @@ class Target:
 def _learn(plan: Plan, sample: Block, *, draw: "Draw", target: Target) -> Training:
     files = target.files
     held_out, learned = split_sample(sample, draw, plan)
-    queries = encode_queries(held_out.keys.column("key").to_pylist(), held_out.vectors)
+    queries = encode_queries([""] * len(held_out.vectors), blend_rows(held_out.vectors))
     path = f"{target.folder}/queries.arrow"
     stored = put_file(files.index, path, data=queries, storage=files.storage)
     codec = _train_codec(plan, learned.vectors, target=target, seed=draw.seed)

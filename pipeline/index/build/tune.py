@@ -5,13 +5,15 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from pipeline.index.manifest import SearchParams
-from pipeline.index.build.measure import Measured
+from pipeline.index.build.measure import GATED_RANKS, Measured
 
+CANDIDATES = (512, 1024, 2048, 4096, 8192, 16_384)
 
-CANDIDATES = (128, 256, 512, 1024, 2048, 4096, 8192)
 FIRST_CANDIDATES = 3
-WIDE_CANDIDATES = 2048
-EFS = (32, 64, 128, 256, 512)
+WIDE_CANDIDATES = 4096
+
+EFS = (128, 192, 256, 512, 1024)
+
 FEW_LISTS, QUICK_SHARE = 16, 8
 """More lists than a few, and then than an eighth of all, are tried only if fewer do not suffice."""
 
@@ -40,7 +42,7 @@ class Tuned:
 
 
 def tune(kind: str, *, lists: int, rows: int, target: float, measure: Measure) -> Tuned:
-    """Find the smallest parameters that meet ``target`` at ten neighbours.
+    """Find the smallest parameters that meet ``target`` at ten neighbours and at a hundred.
 
     With lists: first the power of two that meets it with plenty of candidates, then, around it,
     the cheapest number of lists and candidates together.
@@ -109,8 +111,9 @@ def limit_candidates(rows: int) -> list[int]:
 
 
 def meets(measured: Measured, target: float) -> bool:
-    """Tell whether recall at ten neighbours is at least the target, sampling error allowed for."""
-    return measured.recall[10][1] >= target or measured.recall[10][0] == 1.0
+    """Tell whether recall is at least the target at all ranks, sampling error allowed for."""
+    values = [measured.recall[rank] for rank in GATED_RANKS]
+    return all(low >= target or value == 1.0 for value, low, _ in values)
 
 
 def choose(curve: Sequence[Measured], target: float) -> Measured:
@@ -121,4 +124,4 @@ def choose(curve: Sequence[Measured], target: float) -> Measured:
     for measured in curve:
         if meets(measured, target):
             return measured
-    return max(curve, key=lambda measured: measured.recall[10][0])
+    return max(curve, key=lambda measured: min(measured.recall[rank][0] for rank in GATED_RANKS))

@@ -5,8 +5,8 @@ collection nor its graph has to fit into any process; only the pairs of near dup
 """
 
 import io
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,20 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.index.faiss.codes import Floats, Rows
+from pipeline.index.faiss.codes import Doubles, Rows
 from pipeline.index.faiss.package import set_threads
 from pipeline.index.files import FileStore
-from pipeline.index.manifest import Manifest, SegmentInfo
-from pipeline.index.search.segment import Mask, Request, Segment, keep_best, open_codec
-from pipeline.index.vectors import normalise_rows, read_bits
+from pipeline.index.manifest import Manifest, SearchParams, SegmentInfo
+from pipeline.index.search.segment import (
+    DEPTHS,
+    Mask,
+    Request,
+    Segment,
+    keep_best,
+    open_codec,
+    widen,
+)
+from pipeline.index.vectors import read_bits
 from pipeline.index.workers import Workers
 from pipeline.storage import join_uri
 
@@ -73,7 +81,7 @@ class Pairs:
 
     left: Rows
     right: Rows
-    score: Floats
+    score: Doubles
 
 
 def write_neighbours(
@@ -134,15 +142,12 @@ def find_neighbours(task: GraphTask) -> Pairs:
     mask = read_mask(files, manifest, own.info)
     queries = span if mask is None else span[mask.flags[span]]
     k = 1 + max(task.knn or 0, MAX_DUPLICATES if task.threshold is not None else 0)
-    scores = np.full((len(queries), 0), -np.inf, np.float32)
-    found = np.zeros((len(queries), 0), np.int64)
-    for number, info in enumerate(manifest.segments):
-        segment = own if number == task.segment else Segment(info, codec, files)
-        blocks = search_blocks(own, queries, segment=segment, manifest=manifest, k=k, files=files)
-        values, rows = (np.concatenate(items) for items in zip(*blocks, strict=True))
-        scores = np.concatenate([scores, values], axis=1)
-        found = np.concatenate([found, number_rows(number, rows)], axis=1)
-        scores, found = keep_best(scores, found, k)
+    params = widen(manifest.search, k)
+    scores, found = search_segments(task, own, queries, k=k, params=params)
+    short = np.isneginf(scores).any(axis=1)
+    if short.any() and codec.lists:  # few rows lie in the lists that were looked into
+        params = replace(params, nprobe=codec.lists)
+        scores[short], found[short] = search_segments(task, own, queries[short], k=k, params=params)
     itself = number_rows(task.segment, queries)
     scores, found = drop_itself(scores, found, itself)
     if task.knn is not None:
@@ -158,24 +163,30 @@ def read_mask(files: FileStore, manifest: Manifest, info: SegmentInfo) -> Mask |
     return Mask.from_flags(~read_bits(files, tombstones.file, info.rows), chosen=False)
 
 
-def search_blocks(
-    own: Segment,
-    queries: Rows,
-    *,
-    segment: Segment,
-    manifest: Manifest,
-    k: int,
-    files: FileStore,
-) -> Iterator[tuple[Floats, Rows]]:
-    """Yield scores and rows in ``segment`` of the neighbours of rows of ``own``, block by block."""
-    mask = read_mask(files, manifest, segment.info)
-    params, codec = manifest.search, segment.codec
-    for first in range(0, max(1, len(queries)), QUERY_ROWS):
-        vectors = own.read_vectors(queries[first : first + QUERY_ROWS])
-        vectors = normalise_rows(vectors) if len(vectors) else vectors
-        rotated = codec.rotate(vectors)
-        lists = codec.find_lists(rotated, params.nprobe)
-        yield segment.search(Request(vectors, rotated, k, params, lists), mask)
+def search_segments(
+    task: GraphTask, own: Segment, queries: Rows, *, k: int, params: SearchParams
+) -> tuple[Doubles, Rows]:
+    """Return cosines and numbered rows of the neighbours of rows of ``own``, (n, k) each.
+
+    One segment after another, so that only one more than ``own`` is open. Where there are fewer
+    neighbours, the score is -inf.
+    """
+    scores = np.full((len(queries), k), -np.inf)
+    found = np.full((len(queries), k), -1)
+    for number, info in enumerate(task.manifest.segments):
+        segment = own if number == task.segment else Segment(info, own.codec, task.files)
+        mask = read_mask(task.files, task.manifest, info)
+        for first in range(0, len(queries), QUERY_ROWS):
+            block = slice(first, first + QUERY_ROWS)
+            vectors = own.read_vectors(queries[block])
+            rotated = own.codec.rotate(vectors)
+            lists = own.codec.find_lists(rotated, params.nprobe)
+            request = Request(vectors, rotated, k, max(DEPTHS[0], k), params, lists)
+            values, rows = segment.search(request, mask)
+            values = np.concatenate([scores[block], values], axis=1)
+            rows = np.concatenate([found[block], number_rows(number, rows)], axis=1)
+            scores[block], found[block] = keep_best(values, rows, k)
+    return scores, found
 
 
 def number_rows(segment: int, rows: Rows) -> Rows:
@@ -183,13 +194,13 @@ def number_rows(segment: int, rows: Rows) -> Rows:
     return np.where(rows < 0, -1, (segment << _SHIFT) + rows)
 
 
-def drop_itself(scores: Floats, found: Rows, itself: Rows) -> tuple[Floats, Rows]:
+def drop_itself(scores: Doubles, found: Rows, itself: Rows) -> tuple[Doubles, Rows]:
     """Return the neighbours without the row that was searched with."""
     own = found == itself[:, None]
-    return keep_best(np.where(own, -np.inf, scores).astype(np.float32), found, found.shape[1])
+    return keep_best(np.where(own, -np.inf, scores), found, found.shape[1])
 
 
-def write_knn(task: GraphTask, queries: Rows, *, scores: Floats, found: Rows) -> None:
+def write_knn(task: GraphTask, queries: Rows, *, scores: Doubles, found: Rows) -> None:
     """Write one row per neighbour: ``key``, ``rank``, ``neighbour``, ``score``."""
     real = np.isfinite(scores)
     ranks = np.broadcast_to(np.arange(1, scores.shape[1] + 1, dtype=np.int32), scores.shape)
@@ -198,7 +209,7 @@ def write_knn(task: GraphTask, queries: Rows, *, scores: Floats, found: Rows) ->
             "key": read_names(task.files, task.manifest, np.repeat(queries, real.sum(axis=1))),
             "rank": ranks[real],
             "neighbour": read_names(task.files, task.manifest, found[real]),
-            "score": scores[real],
+            "score": scores[real].astype(np.float32),
         }
     )
     put_table(task.files, task.path, table)
@@ -223,10 +234,10 @@ def read_names(files: FileStore, manifest: Manifest, numbers: Rows) -> pa.Array:
     return pa.array(names, pa.large_string())
 
 
-def select_pairs(queries: Rows, scores: Floats, *, found: Rows, threshold: float | None) -> Pairs:
+def select_pairs(queries: Rows, scores: Doubles, *, found: Rows, threshold: float | None) -> Pairs:
     """Return the pairs that are at least as similar as the threshold."""
     if threshold is None:
-        return Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
+        return Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
     line, column = np.nonzero(scores >= threshold)
     return Pairs(queries[line], found[line, column], scores[line, column])
 
@@ -259,7 +270,7 @@ def write_groups(
         {
             "group": pa.array(group[order].astype(np.int64)),
             "key": read_names(files, manifest, nodes[order]),
-            "score": np.minimum(best[order], 1),
+            "score": best[order],
         }
     )
     put_table(files, path, table)

@@ -21,6 +21,9 @@ from pipeline.index.faiss.package import load_faiss
 COARSE_EF = 64
 """Candidates of the coarse HNSW while rows are assigned; 0.99 agreement with exact assignment."""
 
+COARSE_QUERIES = 16
+"""More at once FAISS multiplies as matrices, which rounds each cosine by where it stands."""
+
 HNSW_BUILD_EF = 128
 """The library's default of 40 leaves one row in fifty where a search does not find it."""
 
@@ -73,14 +76,25 @@ class Codec:
         return vectors if self._rotation is None else cast(Floats, self._rotation.apply(vectors))
 
     def find_lists(self, rotated: Floats, nprobe: int) -> tuple[Floats, Rows] | None:
-        """Return the cosines to, and numbers of, the nearest lists, each (n, nprobe)."""
+        """Return the cosines to, and numbers of, the nearest lists, each (n, nprobe).
+
+        A vector's lists do not depend on which others are asked for with it.
+        """
         if self._quantizer is None:
             return None
         faiss, nprobe = load_faiss(), max(1, min(nprobe, self.lists))
-        params = None
-        if isinstance(self._quantizer, faiss.IndexHNSW):
-            params = faiss.SearchParametersHNSW(efSearch=max(COARSE_EF, 2 * nprobe))
-        return cast(tuple[Floats, Rows], self._quantizer.search(rotated, nprobe, params=params))
+        quantizer, params = self._quantizer, None
+        if isinstance(quantizer, faiss.IndexHNSW):
+            if nprobe == self.lists:  # a graph may miss some
+                quantizer = faiss.downcast_index(quantizer.storage)
+            else:
+                params = faiss.SearchParametersHNSW(efSearch=max(COARSE_EF, 2 * nprobe))
+        found = [
+            quantizer.search(rotated[first : first + COARSE_QUERIES], nprobe, params=params)
+            for first in range(0, max(1, len(rotated)), COARSE_QUERIES)
+        ]
+        cosines, lists = (np.concatenate(items) for items in zip(*found, strict=True))
+        return cosines, lists
 
     def make_index(self, *, packed: bool) -> Any:
         """Return an empty index for one segment.

@@ -16,9 +16,14 @@ from pipeline.errors import CorruptionError
 from pipeline.index.faiss.package import load_faiss
 
 Floats = npt.NDArray[np.float32]
+
+Doubles = npt.NDArray[np.float64]
+
 Rows = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.uint8]
 Halves = npt.NDArray[np.float16]
+
+Stored = Floats | Halves
 
 MIN_READ_LIMIT_BYTES = 1 << 28
 """What FAISS may allocate for one vector of a small file; a rotation has no bytes on disk."""
@@ -74,6 +79,19 @@ def read_index(path: Path, *, shown_as: str) -> Any:
             raise CorruptionError(f"FAISS cannot read {shown_as}: {error}") from error
         finally:
             faiss.set_deserialization_vector_byte_limit(limit)
+
+
+def get_flat(index: Any) -> Any | None:
+    """Return the part of an index that holds full vectors; None for kinds that hold codes only."""
+    faiss = load_faiss()
+    whole = faiss.downcast_index(index.storage) if isinstance(index, faiss.IndexHNSW) else index
+    return whole if isinstance(whole, faiss.IndexFlat) else None
+
+
+def view_flat(flat: Any) -> Floats:
+    """Return the vectors of ``get_flat``, float32 (rows, dim); valid as long as the index lives."""
+    values = load_faiss().rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d)
+    return cast(Floats, values.reshape(flat.ntotal, flat.d))
 
 
 def can_select(index: Any) -> bool:
@@ -167,8 +185,11 @@ class HalfRanker:
         self._index = faiss.IndexScalarQuantizer(dim, half, faiss.METRIC_INNER_PRODUCT)
         self._kept: Halves = np.empty((0, dim), np.float16)
 
-    def rank(self, queries: Floats, halves: Halves, rows: Rows, *, k: int) -> tuple[Floats, Rows]:
-        """Return the ``k`` largest inner products among some rows of ``halves``, and those rows."""
+    def rank(self, queries: Floats, halves: Stored, rows: Rows, *, k: int) -> tuple[Floats, Rows]:
+        """Return the ``k`` largest inner products among some rows of ``halves``, and those rows.
+
+        The vectors' lengths, which rounding has changed, are in them: these are no cosines yet.
+        """
         # Any mode but clip would copy into a buffer first.
         np.take(halves, rows, axis=0, out=self._reserve(len(rows)), mode="clip")
         self._index.ntotal = len(rows)

@@ -3,8 +3,9 @@
 import math
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -17,23 +18,32 @@ from pipeline.errors import (
     UnknownKeyError,
 )
 from pipeline.index.faiss.codec import Codec
-from pipeline.index.faiss.codes import Floats, Rows
+from pipeline.index.faiss.codes import Doubles, Floats, Rows
 from pipeline.index.faiss.package import set_threads
 from pipeline.index.files import FileStore
 from pipeline.index.manifest import Manifest, SearchParams
 from pipeline.index.map import MapPoints, read_map
 from pipeline.index.search.keys import choose_similar
 from pipeline.index.search.neighbour import IndexInfo, Neighbour, check_vectors, make_neighbour
-from pipeline.index.search.segment import Mask, Request, Segment, open_codec
+from pipeline.index.search.segment import DEPTHS, Mask, Request, Segment, open_codec, widen
 from pipeline.index.search.where import Where, compile_where, serialise_where
 from pipeline.index.vectors import read_bits
 
 MAX_CANDIDATES = 32
 """Keys that an unknown one is compared with, letter by letter."""
 
-MAX_K = 10_000
+MAX_K = DEPTHS[-1]
+
 KEPT_MASKS = 16
 SUGGESTIONS = 3
+
+_ROW_BITS = 40
+
+Line = tuple[Doubles, Rows, Rows]
+"""Cosines, segment numbers and rows of one query, each (k,)."""
+
+Found = tuple[Doubles, Rows, Rows]
+"""The same of several queries, each (n, k)."""
 
 
 class Generation:
@@ -93,8 +103,12 @@ class Generation:
         *,
         params: SearchParams | None = None,
         masks: Sequence[Mask | None] | None = None,
-    ) -> tuple[Floats, Rows, Rows]:
+    ) -> Found:
         """Return cosines, segment numbers and rows of the nearest rows, best first.
+
+        Equal cosines are ordered by segment and row, and the answer for a larger ``k`` begins with
+        that for a smaller one: where looking further finds rows that should have come before, they
+        are left out, or come last where there are no others.
 
         Args:
             vectors: Unit vectors, float32 (n, dim).
@@ -107,42 +121,64 @@ class Generation:
         """
         params = params or self.manifest.search
         masks = self.live if masks is None else masks
-        rows = sum(
-            segment.info.rows if mask is None else mask.rows
-            for segment, mask in zip(self.segments, masks, strict=True)
-        )
-        found = self._search_once(vectors, min(k, rows), params=params, masks=masks)
-        while self.codec.lists and params.nprobe < self.codec.lists:
-            short = np.flatnonzero(np.isneginf(found[0]).any(axis=1))
-            if not len(short):
+        wanted = min(k, self._count_allowed(masks))
+        found = self._search_deep(vectors, wanted, depth=DEPTHS[0], params=params, masks=masks)
+        for shallow, depth in pairwise(DEPTHS):
+            if wanted <= shallow:
                 break
-            params = SearchParams(2 * params.nprobe, params.candidates, params.ef)
-            again = self._search_once(vectors[short], min(k, rows), params=params, masks=masks)
+            deeper = self._search_deep(
+                vectors, depth + shallow, depth=depth + shallow, params=params, masks=masks
+            )
+            found = _extend(found, deeper, min(wanted, depth))
+        return found
+
+    def _count_allowed(self, masks: Sequence[Mask | None]) -> int:
+        pairs = zip(self.segments, masks, strict=True)
+        return sum(segment.info.rows if mask is None else mask.rows for segment, mask in pairs)
+
+    def _search_deep(
+        self,
+        vectors: Floats,
+        k: int,
+        *,
+        depth: int,
+        params: SearchParams,
+        masks: Sequence[Mask | None],
+    ) -> Found:
+        """Search for ``depth`` neighbours and return the best ``k``."""
+        allowed = self._count_allowed(masks)
+        k, total = min(k, depth, allowed), sum(segment.info.rows for segment in self.segments)
+        params = widen(params, depth, share=max(1, allowed) / total)
+        found = self._search_once(vectors, k, depth=depth, params=params, masks=masks)
+        short = np.isneginf(found[0]).any(axis=1)
+        if short.any() and self.codec.lists:  # few rows lie in the lists that were looked into
+            params = replace(params, nprobe=self.codec.lists)
+            again = self._search_once(vectors[short], k, depth=depth, params=params, masks=masks)
             for old, new in zip(found, again, strict=True):
                 np.asarray(old)[short] = new
         return found
 
     def _search_once(
-        self, vectors: Floats, k: int, *, params: SearchParams, masks: Sequence[Mask | None]
-    ) -> tuple[Floats, Rows, Rows]:
+        self,
+        vectors: Floats,
+        k: int,
+        *,
+        depth: int,
+        params: SearchParams,
+        masks: Sequence[Mask | None],
+    ) -> Found:
         rotated = self.codec.rotate(vectors)
         lists = self.codec.find_lists(rotated, params.nprobe)
-        request = Request(vectors, rotated, k, params, lists)
-        found = [
-            segment.search(request, mask)
-            for segment, mask in zip(self.segments, masks, strict=True)
-        ]
-        return _merge(found, k)
+        request = Request(vectors, rotated, k, depth, params, lists)
+        pairs = zip(self.segments, masks, strict=True)
+        return _merge([segment.search(request, mask) for segment, mask in pairs], k)
 
-    def scan(
-        self, vectors: Floats, k: int, *, masks: Sequence[Mask | None] | None = None
-    ) -> tuple[Floats, Rows, Rows]:
+    def scan(self, vectors: Floats, k: int, *, masks: Sequence[Mask | None] | None = None) -> Found:
         """Return what ``search`` does, by comparing with every vector."""
-        found = []
-        for segment, mask in zip(self.segments, masks or self.live, strict=True):
-            chosen = np.arange(segment.info.rows) if mask is None else np.flatnonzero(mask.flags)
-            found.append(segment.scan(vectors, k, chosen))
-        return _merge(found, k)
+        masks = self.live if masks is None else masks
+        pairs = zip(self.segments, masks, strict=True)
+        found = [segment.scan(vectors, k, mask) for segment, mask in pairs]
+        return _merge(found, min(k, self._count_allowed(masks)))
 
     def sample(
         self,
@@ -281,7 +317,7 @@ class Snapshot:
         """
         number, row = self._locate(key)
         place = np.array([[number]]), np.array([[row]])
-        return self._describe_rows(np.ones((1, 1), np.float32), *place)[0][0]
+        return self._describe_rows(np.ones((1, 1)), *place)[0][0]
 
     def sample(
         self, n: int, *, seed: int | None = None, where: Where | None = None
@@ -295,7 +331,7 @@ class Snapshot:
         """
         masks = None if where is None else self._find_masks(where)
         numbers, rows = self.opened.sample(n, np.random.default_rng(seed), masks=masks)
-        scores = np.ones((1, len(rows)), np.float32)
+        scores = np.ones((1, len(rows)))
         return self._describe_rows(scores, numbers[None], rows[None])[0]
 
     def list_fulfilling(self, keys: Sequence[str], where: Where) -> list[bool]:
@@ -328,7 +364,7 @@ class Snapshot:
                 self._masks[key] = masks
         return masks
 
-    def _describe_rows(self, scores: Floats, numbers: Rows, rows: Rows) -> list[list[Neighbour]]:
+    def _describe_rows(self, scores: Doubles, numbers: Rows, rows: Rows) -> list[list[Neighbour]]:
         segments = self.opened.segments
         return [
             [
@@ -344,24 +380,42 @@ def _is_live(mask: Mask | None, row: int) -> bool:
     return mask is None or bool(mask.flags[row])
 
 
-def _merge(found: Sequence[tuple[Floats, Rows]], k: int) -> tuple[Floats, Rows, Rows]:
+def _merge(found: Sequence[tuple[Doubles, Rows]], k: int) -> Found:
     """Return the best of what each segment found; -inf where there are fewer than ``k``."""
-    if len(found) == 1 and found[0][0].shape[1] == k:
-        [(scores, rows)] = found
-        return scores, np.zeros_like(rows), rows
-    numbers = [np.full(rows.shape, number) for number, (_, rows) in enumerate(found)]
-    scores = np.concatenate([item[0] for item in found], axis=1)
+    scores = np.concatenate([scores for scores, _ in found], axis=1)
+    rows = np.concatenate([rows for _, rows in found], axis=1)
+    widths = [rows.shape[1] for _, rows in found]
+    numbers = np.broadcast_to(np.repeat(np.arange(len(found)), widths), rows.shape)
+    # Stable: within a segment equal scores are in the order of rows already.
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    merged = (scores, np.concatenate(numbers, axis=1), np.concatenate([f[1] for f in found], 1))
-    scores, owners, rows = (np.take_along_axis(values, order, axis=1) for values in merged)
-    if scores.shape[1] == k:
-        return scores, owners, rows
-    missing = ((0, 0), (0, k - scores.shape[1]))
+    best, owners, rows = (np.take_along_axis(v, order, axis=1) for v in (scores, numbers, rows))
+    missing = ((0, 0), (0, k - best.shape[1]))
     return (
-        np.pad(scores, missing, constant_values=-np.inf),
+        np.pad(best, missing, constant_values=-np.inf),
         np.pad(owners, missing),
         np.pad(rows, missing, constant_values=-1),
     )
+
+
+def _extend(found: Found, deeper: Found, k: int) -> Found:
+    """Return ``found`` and after it what else a deeper search found, up to ``k`` of each query."""
+    width = k - found[0].shape[1]
+    lines = zip(zip(*found, strict=True), zip(*deeper, strict=True), strict=True)
+    chosen = np.stack([_choose_next(known, more)[:width] for known, more in lines])
+    scores, numbers, rows = (
+        np.concatenate([old, np.take_along_axis(new, chosen, axis=1)], axis=1)
+        for old, new in zip(found, deeper, strict=True)
+    )
+    return scores, numbers, rows
+
+
+def _choose_next(known: Line, more: Line) -> Rows:
+    """Return the places in ``more`` of unknown rows; those that rank after the known ones first."""
+    [before, after] = [numbers << _ROW_BITS | rows for _, numbers, rows in (known, more)]
+    new = ~np.isin(after, before)
+    last = known[0][-1], before[-1]
+    late = (more[0] > last[0]) | ((more[0] == last[0]) & (after < last[1]))
+    return np.concatenate([np.flatnonzero(new & ~late), np.flatnonzero(new & late)])
 
 
 def _pick_codec(

@@ -71,8 +71,8 @@ def fake_measure(calls):
 
 def test_the_fewest_lists_are_found_first_then_the_fewest_candidates():
     calls = []
-    tuned = tune("ivf-rabitq", lists=1024, rows=100_000, target=0.93, measure=fake_measure(calls))
-    assert tuned.chosen.params == SearchParams(nprobe=32, candidates=1024)
+    tuned = tune("ivf-rabitq", lists=1024, rows=100_000, target=0.949, measure=fake_measure(calls))
+    assert tuned.chosen.params == SearchParams(nprobe=64, candidates=4096)
     assert [timed for _, timed in calls] == [False, False, True, True]
     tried = [max(params.nprobe for params in settings) for settings, _ in calls[:2]]
     assert tried == [16, 128]  # all lists only where needed
@@ -88,7 +88,7 @@ def test_more_lists_are_tried_where_an_eighth_does_not_suffice():
 def test_lists_between_powers_of_two_are_tried_where_they_are_cheaper():
     calls = []
     tuned = tune("ivf-rabitq", lists=1024, rows=100_000, target=0.91, measure=fake_measure(calls))
-    assert tuned.chosen.params == SearchParams(nprobe=20, candidates=256)
+    assert tuned.chosen.params == SearchParams(nprobe=20, candidates=512)
 
 
 def test_settings_are_ordered_by_codes_to_compare_and_candidates_to_rank():
@@ -102,5 +102,5 @@ def test_settings_are_ordered_by_codes_to_compare_and_candidates_to_rank():
 
 
 def test_candidates_beyond_the_rows_are_not_tried():
-    assert limit_candidates(600) == [128, 256, 512]
-    assert limit_candidates(5) == [128]
+    assert limit_candidates(3000) == [512, 1024, 2048]
+    assert limit_candidates(5) == [512]

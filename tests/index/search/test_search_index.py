@@ -301,9 +301,3 @@ def test_a_search_ends_on_the_generation_it_began_with(tmp_path):
     assert index.refresh() is False
     assert (before.info.rows, index.info.rows) == (200, 210)
     assert len(before.search(np.ones(64), 1000)[0]) == 200
-
-
-def test_a_hundred_neighbours_are_found_with_few_tuned_candidates(built_by_kind):
-    index = SearchIndex.open(built_by_kind["rabitq"].index)
-    assert index.info.search.candidates == 128
-    assert index.info.measured["recall_at"]["100"]["value"] > 0.97
