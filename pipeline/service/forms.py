@@ -1,11 +1,9 @@
 """Request bodies: JSON or a form with a file becomes a checked model, or a problem."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
@@ -49,67 +47,49 @@ def refuse_media_type(*expected: str) -> Problem:
     )
 
 
-async def read_json(request: Request, model: type[Model]) -> Model:
+async def read_json(request: Request, model: type[Model], *others: str) -> Model:
     """Return the model in a JSON body.
+
+    Args:
+        request: The request.
+        model: What the body has to fit.
+        others: Other media types that the operation takes, for the message.
 
     Raises:
         Problem: 415 not JSON, 422 it does not fit.
     """
     if get_media_type(request) != "application/json":
-        raise refuse_media_type("application/json")
+        raise refuse_media_type("application/json", *others)
     return validate(model, await request.body())
 
 
-@asynccontextmanager
-async def open_form(request: Request) -> AsyncIterator[FormData]:
-    """Give the parts of a multipart body, and close their files afterwards.
+async def read_form(request: Request, model: type[Model]) -> Model:
+    """Return the model in a multipart body: files are bytes, and each name holds a list of parts.
 
     Raises:
-        Problem: 400, the form is broken or has too many parts.
+        Problem: 400 the form is broken or has too many parts, 422 it does not fit.
     """
+    limits = {"max_files": MAX_IMAGES, "max_fields": 1, "max_part_size": _MAX_OPTIONS_BYTES}
     try:
-        form = await request.form(
-            max_files=MAX_IMAGES, max_fields=1, max_part_size=_MAX_OPTIONS_BYTES
-        )
+        async with request.form(**limits) as form:
+            parts = {name: [await _read_part(p) for p in form.getlist(name)] for name in form}
     except HTTPException as error:
         raise Problem(400, "invalid_form", detail=str(error.detail)) from error
     try:
-        yield form
-    finally:
-        await form.close()
+        return model.model_validate(parts)
+    except ValidationError as error:
+        raise _explain_form(error, expected=", ".join(model.model_fields)) from error
 
 
-async def take_files(form: FormData, name: str, *, limit: int) -> list[bytes]:
-    """Return the contents of the files called ``name``.
-
-    Raises:
-        Problem: 422, there is none, there are too many, or they are no files.
-    """
-    files = [part for part in form.getlist(name) if isinstance(part, UploadFile)]
-    if not 1 <= len(files) <= limit or len(files) != len(form.getlist(name)):
-        some = "one file" if limit == 1 else f"1 to {limit} files"
-        raise Problem(422, "invalid_form", detail=f"send {some} in the part {name!r}", where=name)
-    return [await file.read() for file in files]
+async def _read_part(part: UploadFile | str) -> bytes | str:
+    return part if isinstance(part, str) else await part.read()
 
 
-def take_text(form: FormData, name: str, *, default: str) -> str:
-    """Return the text of the part called ``name``, which may also come as a file.
-
-    Raises:
-        Problem: 422, it is a file.
-    """
-    value = form.get(name, default)
-    if not isinstance(value, str):
-        raise Problem(422, "invalid_form", detail=f"send {name!r} as text", where=name)
-    return value
-
-
-def refuse_unknown_parts(form: FormData, known: set[str]) -> None:
-    """Refuse parts that would be ignored.
-
-    Raises:
-        Problem: 422, naming what is expected.
-    """
-    if set(form) - known:
-        expected = ", ".join(sorted(known))
-        raise Problem(422, "invalid_form", detail=f"unknown part; the form may have: {expected}")
+def _explain_form(error: ValidationError, *, expected: str) -> Problem:
+    problem = explain_validation(error)
+    part, _, inside = (problem.where or "").partition(".")
+    if part == "options":
+        problem.where = inside or part
+        return problem
+    detail = f"{problem.detail}; the form may have: {expected}"
+    return Problem(422, "invalid_form", detail=detail, where=part)

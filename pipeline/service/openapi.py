@@ -8,10 +8,11 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from pipeline.service.schema import (
-    MAX_IMAGES,
     BatchRequest,
+    EmbedForm,
     EmbedRequest,
     ProblemBody,
+    SearchForm,
     SearchOptions,
     SearchRequest,
 )
@@ -20,6 +21,7 @@ _REF = "#/components/schemas/"
 _DESCRIPTIONS = {
     400: "The form is broken.",
     401: "No valid API key.",
+    403: "Sent by the page of another site.",
     404: "There is no such image.",
     409: "The vector belongs to another space.",
     410: "The source of the image has changed or is gone.",
@@ -33,7 +35,11 @@ _DESCRIPTIONS = {
     503: "Too much is waiting, or nothing is ready; `Retry-After` says when to try again.",
     504: "The time limit has passed.",
 }
-GUARD_STATUSES = (401, 421, 429, 500, 503, 504)
+BODIES: tuple[type[BaseModel], ...] = (
+    *(SearchRequest, SearchOptions, SearchForm, BatchRequest, EmbedRequest, EmbedForm),
+    ProblemBody,
+)
+GUARD_STATUSES = (401, 403, 421, 429, 500, 503, 504)
 
 
 def describe_problems(*statuses: int, guarded: bool = True) -> dict[int | str, dict[str, Any]]:
@@ -48,38 +54,17 @@ def describe_problems(*statuses: int, guarded: bool = True) -> dict[int | str, d
     return {status: {"description": _DESCRIPTIONS[status], "content": problem} for status in wanted}
 
 
-def describe_json_body(name: str) -> dict[str, Any]:
-    """Return the ``openapi_extra`` of an operation with a JSON body."""
-    content = {"application/json": {"schema": {"$ref": _REF + name}}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-def describe_form_body(
-    json_name: str, *, part: str, many: bool = False, options: str | None = None
+def describe_body(
+    json_model: type[BaseModel], form_model: type[BaseModel] | None = None
 ) -> dict[str, Any]:
-    """Return the ``openapi_extra`` of an operation that also takes a form with images.
-
-    Args:
-        json_name: Schema of the JSON body.
-        part: Name of the part with the image, or the images.
-        many: Whether that part may come several times.
-        options: Schema of the part ``options``, where there is one.
-    """
-    file: dict[str, Any] = {"type": "string", "contentMediaType": "application/octet-stream"}
-    files = {"type": "array", "items": file, "minItems": 1, "maxItems": MAX_IMAGES}
-    schema: dict[str, Any] = {
-        "type": "object",
-        "required": [part],
-        "properties": {part: files if many else file},
-        "additionalProperties": False,
+    """Return the ``openapi_extra`` of an operation that takes JSON, and maybe a form as well."""
+    models = {"application/json": json_model, "multipart/form-data": form_model}
+    content = {
+        media_type: {"schema": {"$ref": _REF + model.__name__}}
+        for media_type, model in models.items()
+        if model is not None
     }
-    form: dict[str, Any] = {"schema": schema}
-    if options is not None:
-        schema["properties"]["options"] = {"$ref": _REF + options}
-        form["encoding"] = {"options": {"contentType": "application/json"}}
-    body = describe_json_body(json_name)
-    body["requestBody"]["content"]["multipart/form-data"] = form
-    return body
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def describe_app(app: FastAPI, *, dim: int, has_keys: bool) -> dict[str, Any]:
@@ -93,10 +78,8 @@ def describe_app(app: FastAPI, *, dim: int, has_keys: bool) -> dict[str, Any]:
     document = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes
     )
-    bodies: list[type[BaseModel]] = [SearchRequest, SearchOptions, BatchRequest, EmbedRequest]
-    bodies.append(ProblemBody)
     _, definitions = models_json_schema(
-        [(model, "validation") for model in bodies], ref_template=_REF + "{model}"
+        [(model, "validation") for model in BODIES], ref_template=_REF + "{model}"
     )
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     schemas.update(definitions["$defs"])

@@ -14,26 +14,17 @@ from pipeline.index.map import MapPoints
 from pipeline.index.search.generation import Snapshot
 from pipeline.index.search.search_index import Neighbour
 from pipeline.index.search.where import is_filterable
-from pipeline.service.forms import (
-    get_media_type,
-    open_form,
-    read_json,
-    refuse_media_type,
-    refuse_unknown_parts,
-    take_files,
-    take_text,
-    validate,
-)
+from pipeline.service.forms import get_media_type, read_form, read_json
 from pipeline.service.lookups import Lookups, Target
-from pipeline.service.openapi import describe_form_body, describe_json_body, describe_problems
+from pipeline.service.openapi import describe_body, describe_problems
 from pipeline.service.problems import Problem, explain_query
 from pipeline.service.queries import compile_filter
 from pipeline.service.results import list_public_columns, make_classes, make_results, show_columns
 from pipeline.service.schema import (
-    MAX_IMAGES,
     BatchRequest,
     BatchResponse,
     Column,
+    EmbedForm,
     EmbedRequest,
     EmbedResponse,
     FilterText,
@@ -41,6 +32,7 @@ from pipeline.service.schema import (
     Item,
     MapResponse,
     SampleResponse,
+    SearchForm,
     SearchOptions,
     SearchRequest,
     SearchResponse,
@@ -100,7 +92,7 @@ def answer(body: BaseModel) -> Response:
     response_model=SearchResponse,
     response_model_exclude_none=True,
     responses=describe_problems(400, 404, 409, 413, 415, 422, 501),
-    openapi_extra=describe_form_body("SearchRequest", part="image", options="SearchOptions"),
+    openapi_extra=describe_body(SearchRequest, SearchForm),
 )
 async def search(request: Request) -> Response:
     """Find the nearest indexed images to a key, a vector or an image.
@@ -109,16 +101,11 @@ async def search(request: Request) -> Response:
     """
     lookups = get_lookups(request)
     snapshot = lookups.index.snapshot
-    if get_media_type(request) != FORM:
-        if get_media_type(request) != JSON:
-            raise refuse_media_type(JSON, FORM)
-        found = validate(SearchRequest, await request.body())
-        return answer(await lookups.search(found, snapshot))
-    async with open_form(request) as form:
-        refuse_unknown_parts(form, {"image", "options"})
-        options = validate(SearchOptions, take_text(form, "options", default="{}"))
-        image = (await take_files(form, "image", limit=1))[0]
-    return answer(await lookups.search_image(image, options, snapshot))
+    if get_media_type(request) == FORM:
+        form = await read_form(request, SearchForm)
+        return answer(await lookups.search_image(form.image, form.options, snapshot))
+    found = await read_json(request, SearchRequest, FORM)
+    return answer(await lookups.search(found, snapshot))
 
 
 @router.post(
@@ -126,7 +113,7 @@ async def search(request: Request) -> Response:
     response_model=BatchResponse,
     response_model_exclude_none=True,
     responses=describe_problems(404, 409, 413, 415, 422, 501),
-    openapi_extra=describe_json_body("BatchRequest"),
+    openapi_extra=describe_body(BatchRequest),
 )
 async def search_batch(request: Request) -> Response:
     """Answer several searches from one generation; one that is wrong fails them all.
@@ -162,7 +149,7 @@ async def _search_one_of(
     response_model=EmbedResponse,
     response_model_exclude_none=True,
     responses=describe_problems(400, 413, 415, 422, 501),
-    openapi_extra=describe_form_body("EmbedRequest", part="images", many=True),
+    openapi_extra=describe_body(EmbedRequest, EmbedForm),
 )
 async def embed(request: Request) -> Response:
     """Embed images as the indexed ones were: same backbone, same preprocessing."""
@@ -185,16 +172,11 @@ async def embed(request: Request) -> Response:
 
 async def _read_images(request: Request) -> tuple[list[bytes], str]:
     """Return the images of a JSON or form body, and the name they have there."""
-    if get_media_type(request) == JSON:
-        body = validate(EmbedRequest, await request.body())
-        where = "images_base64"
-        texts = enumerate(body.images_base64)
-        return [decode_base64(text, where=f"{where}.{i}") for i, text in texts], where
-    if get_media_type(request) != FORM:
-        raise refuse_media_type(JSON, FORM)
-    async with open_form(request) as form:
-        refuse_unknown_parts(form, {"images"})
-        return await take_files(form, "images", limit=MAX_IMAGES), "images"
+    if get_media_type(request) == FORM:
+        return (await read_form(request, EmbedForm)).images, "images"
+    texts = enumerate((await read_json(request, EmbedRequest, FORM)).images_base64)
+    where = "images_base64"
+    return [decode_base64(text, where=f"{where}.{i}") for i, text in texts], where
 
 
 @router.get("/info", response_model=Info, responses=describe_problems())

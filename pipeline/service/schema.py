@@ -6,7 +6,17 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    Json,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from pipeline.service.problems import Problem
 
@@ -23,10 +33,19 @@ MAX_FILTER_CHARS = 200_000
 """Characters of all texts in all filters of one request."""
 
 
-def measure_filter(where: Mapping[str, Any] | str) -> tuple[int, int]:
-    """Return how many values a filter holds, its keys included, and how many characters."""
+def check_filters(
+    filters: Iterable[Mapping[str, Any] | str | None],
+    *,
+    max_values: int = MAX_FILTER_VALUES,
+    max_chars: int = MAX_FILTER_CHARS,
+) -> None:
+    """Refuse filters that would take long to read; looks at no more of them than is allowed.
+
+    Raises:
+        ValueError: The filters of one request hold too many values, or too much text.
+    """
     values, chars = 0, 0
-    waiting: list[Any] = [where]
+    waiting: list[Any] = [where for where in filters if where is not None]
     while waiting:
         value = waiting.pop()
         if isinstance(value, Mapping):
@@ -36,26 +55,11 @@ def measure_filter(where: Mapping[str, Any] | str) -> tuple[int, int]:
         else:
             values += 1
             chars += len(value) if isinstance(value, str) else 0
-    return values, chars
-
-
-def check_filters(filters: Iterable[Mapping[str, Any] | str | None]) -> None:
-    """Refuse filters that would take long to read: compiled, each value costs some microseconds.
-
-    Raises:
-        ValueError: The filters of one request hold too many values, or too much text.
-    """
-    sizes = [measure_filter(where) for where in filters if where is not None]
-    values, chars = sum(size[0] for size in sizes), sum(size[1] for size in sizes)
-    if values > MAX_FILTER_VALUES:
-        raise ValueError(
-            f"the filters of a request may hold {MAX_FILTER_VALUES:,} values; these hold {values:,}"
-        )
-    if chars > MAX_FILTER_CHARS:
-        raise ValueError(
-            f"the filters of a request may hold {MAX_FILTER_CHARS:,} characters; these hold "
-            f"{chars:,}"
-        )
+        if values > max_values or chars > max_chars:
+            raise ValueError(
+                f"all filters of a request together may hold {max_values:,} values, keys "
+                f"included, and {max_chars:,} characters; these hold more"
+            )
 
 
 FilterText = Annotated[
@@ -152,7 +156,9 @@ class SearchRequest(SearchOptions):
 class BatchRequest(_Strict):
     """Several searches, answered from one generation."""
 
-    searches: list[SearchRequest] = Field(min_length=1, max_length=MAX_SEARCHES)
+    searches: Annotated[list[SearchRequest], FailFast()] = Field(
+        min_length=1, max_length=MAX_SEARCHES
+    )
 
     @field_validator("searches")
     @classmethod
@@ -165,6 +171,33 @@ class EmbedRequest(_Strict):
     """Images to embed as the indexed ones were."""
 
     images_base64: list[Base64] = Field(min_length=1, max_length=MAX_IMAGES)
+
+
+def take_only(parts: object) -> object:
+    """Return the only part of a form that may come once, out of the list of all parts of a name."""
+    if isinstance(parts, list) and len(parts) != 1:
+        raise ValueError("send it once")
+    return parts[0] if isinstance(parts, list) else parts
+
+
+Upload = Annotated[
+    bytes,
+    Field(strict=True),
+    WithJsonSchema({"type": "string", "contentMediaType": "application/octet-stream"}),
+]
+
+
+class SearchForm(_Strict):
+    """An encoded image as a file, and the other fields of a search as JSON."""
+
+    image: Annotated[Upload, BeforeValidator(take_only)]
+    options: Annotated[Json[SearchOptions], BeforeValidator(take_only)] = SearchOptions()
+
+
+class EmbedForm(_Strict):
+    """Encoded images as files, all under one name."""
+
+    images: list[Upload] = Field(min_length=1, max_length=MAX_IMAGES)
 
 
 class ClassScore(BaseModel):

@@ -608,6 +608,8 @@ def test_the_api_is_described_on_a_page_without_other_sites(open_page, service):
     page.locator("summary").first.click()
     expect(page.get_by_role("link", name="ProblemBody").first).to_be_visible()
     expect(page.locator("#SearchOptions")).to_contain_text("score_threshold")
+    expect(page.locator("#SearchOptions")).to_contain_text("10,000 values")
+    expect(page.locator("#SearchForm")).to_contain_text("JSON of SearchOptions")
 
 
 def test_no_asset_names_another_site():

@@ -25,6 +25,7 @@ function describeType(schema) {
   if (schema.enum) return [schema.enum.map((value) => JSON.stringify(value)).join(" | ")];
   if (schema.const !== undefined) return [JSON.stringify(schema.const)];
   if (schema.type === "array") return ["list of ", ...describeType(schema.items ?? {})];
+  if (schema.contentSchema) return ["JSON of ", ...describeType(schema.contentSchema)];
   if (schema.contentMediaType) return ["file"];
   const limits = [
     schema.minimum !== undefined && `≥ ${schema.minimum}`,
@@ -48,10 +49,14 @@ function makeRow(name, schema, required) {
     children: [
       make("th", { children: [make("code", { text: name + (required ? "" : "?") })] }),
       make("td", { children: [...describeType(schema), fallback] }),
-      make("td", { children: describeText(schema.description) }),
+      make("td", { children: describeText(findDescription(schema)) }),
     ],
   });
 }
+
+// What may be null has its description one level down.
+const findDescription = (schema) =>
+  schema.description ?? schema.anyOf?.map(findDescription).find((text) => text);
 
 function makeTable(rows) {
   return make("div", { className: "scroll", children: [make("table", { children: rows })] });
