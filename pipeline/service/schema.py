@@ -75,7 +75,8 @@ Filter = Annotated[
     Field(
         description='Conditions on metadata: `{"cls": "dress", "width": {"$gte": 400}}` with '
         "`$eq $ne $lt $lte $gt $gte $in $nin $contains $prefix $exists $and $or $not`, or the "
-        "same as text: `cls = dress and width >= 400`. All filters of a request may hold "
+        "same as text: `cls = dress and width >= 400`. As in SQL, a missing value fulfils no "
+        "comparison and no negation of one. All filters of a request may hold "
         f"{MAX_FILTER_VALUES:,} values and {MAX_FILTER_CHARS:,} characters.",
         examples=["width >= 400", {"width": {"$gte": 400}}],
     ),
