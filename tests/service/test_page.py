@@ -1,6 +1,7 @@
 """The page in a real browser: by mouse, by keyboard, by touch, with a key, in both colours."""
 
 import base64
+import re
 import shutil
 import threading
 import time
@@ -95,6 +96,20 @@ def wait_for(page: Page, expression: str) -> None:
 def expect_neighbours(page: Page, service: Service, key: str = KEY, k: int = 24) -> None:
     expect(page.locator("#status")).to_contain_text("neighbours, found in")
     assert find_keys(page) == [n.key for n in service.index.neighbours_of(key, k)]
+
+
+def test_integers_of_64_bits_are_shown_with_all_their_digits(open_page):
+    page = open_page()
+    expect(page.locator(".card")).to_have_count(24)
+
+    def answer(route):
+        fetched = route.fetch()
+        body = re.sub(r'"cls":"\d"', '"cls":18446744073709551615', fetched.text())
+        route.fulfill(response=fetched, body=body)
+
+    page.route("**/v1/search", answer)
+    page.goto(page.url.split("?")[0].rstrip("/") + "/?key=" + quote(KEY))
+    expect(page.locator(".card .facts").first).to_contain_text("18446744073709551615")
 
 
 def test_the_start_shows_random_images_and_what_is_served(open_page, service):

@@ -38,7 +38,14 @@ async function ask(path, options = {}) {
   return response;
 }
 
-const askJson = async (path, options) => (await ask(path, options)).json();
+const askJson = async (path, options) =>
+  JSON.parse(await (await ask(path, options)).text(), keepDigits);
+
+// Integers of 64 bits that JavaScript would round stay the text they are in the answer.
+function keepDigits(_, value, context) {
+  const rounded = Number.isInteger(value) && !Number.isSafeInteger(value);
+  return rounded && /^-?\d+$/.test(context?.source) ? context.source : value;
+}
 
 let asking = null;
 
