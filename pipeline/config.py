@@ -253,6 +253,8 @@ class ServeConfig:
     """Memory for thumbnails and pictures."""
     cache_dir: str | None = None
     """Where files of a remote index are kept; the user's cache folder otherwise."""
+    cache_size: str = "100GB"
+    """Disk space for all files kept there; those unused longest go first, never one in use."""
     shutdown_s: float = 30.0
     """Longest time to finish what has begun, when stopped."""
     ray_address: str | None = None
@@ -280,6 +282,7 @@ class ServeConfig:
         parse_size(self.max_body, setting="max_body")
         parse_size(self.max_bodies, setting="max_bodies")
         parse_size(self.image_cache, setting="image_cache")
+        parse_size(self.cache_size, setting="cache_size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,6 +331,8 @@ class IndexConfig:
     """Where to build; auto takes this process for small indexes, a Ray cluster for large ones."""
     cache_dir: str | None = None
     """Where files of a remote index are kept; the user's cache folder otherwise."""
+    cache_size: str = "100GB"
+    """Disk space for all files kept there; those unused longest go first, never one in use."""
     dry_run: bool = False
     """Say what would be done, and do nothing."""
     ray_address: str | None = None
@@ -351,6 +356,7 @@ class IndexConfig:
         if self.min_age_hours < 0:
             raise SettingsError(f"min_age_hours is {self.min_age_hours}; it must not be negative")
         parse_size(self.memory_budget, setting="memory_budget")
+        parse_size(self.cache_size, setting="cache_size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,6 +389,8 @@ class SearchConfig:
     """Search this generation instead of the newest."""
     cache_dir: str | None = None
     """Where files of a remote index are kept; the user's cache folder otherwise."""
+    cache_size: str = "100GB"
+    """Disk space for all files kept there; those unused longest go first, never one in use."""
     storage: StorageOptions = field(default_factory=StorageOptions)
     """How to reach object storage."""
 
@@ -398,6 +406,7 @@ class SearchConfig:
                 f"{' and '.join(given) or 'nothing'} given to search with; "
                 "pass exactly one of --image, --key and --vector"
             )
+        parse_size(self.cache_size, setting="cache_size")
         if not 1 <= self.k <= 10_000:
             raise SettingsError(f"k is {self.k}; ask for 1 to 10000 neighbours")
 

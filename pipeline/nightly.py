@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from pipeline.config import IndexConfig, NightlyConfig
+from pipeline.config import IndexConfig, NightlyConfig, parse_size
 from pipeline.embed_job.lease import Lease
 from pipeline.embed_job.report import EmbedReport
 from pipeline.embed_job.report_page import (
@@ -218,7 +218,11 @@ def describe_index(config: IndexConfig) -> IndexSection | None:
     if manifest is None:
         return None
     index = SearchIndex.open(
-        uri, storage, generation=manifest.generation, cache_dir=config.cache_dir
+        uri,
+        storage,
+        generation=manifest.generation,
+        cache_dir=config.cache_dir,
+        cache_bytes=parse_size(config.cache_size, setting="cache_size"),
     )
     shown = partial(_show_query, index, storage=storage)
     return IndexSection(

@@ -65,7 +65,7 @@ LAYERS = (
 # The same inside the index, where the folders are stages: what is read and written, then searched,
 # exported, built.
 INDEX_LAYERS = (
-    ("pipeline.index", "pipeline.index.manifest", "pipeline.index.workers"),
+    ("pipeline.index", "pipeline.index.manifest", "pipeline.index.workers", "pipeline.index.cache"),
     ("pipeline.index.faiss.*",),
     ("pipeline.index.files", "pipeline.index.pointer", "pipeline.index.report"),
     (

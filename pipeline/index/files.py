@@ -3,12 +3,14 @@
 import hashlib
 import logging
 import os
+import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from pipeline.errors import CorruptionError, ObjectMissingError
+from pipeline.index.cache import DEFAULT_BYTES, Hold, shrink
 from pipeline.index.manifest import FileInfo
 from pipeline.storage import Storage, join_uri
 
@@ -37,12 +39,16 @@ class FileStore:
         storage: How to reach it.
         cache_dir: Where copies of remote files go, named by digest.
         doomed: Paths under the index that are being deleted; they are not reused.
+        cache_bytes: Size that all copies in the cache may have together.
+        hold: What this one uses of the cache.
     """
 
     index: str
     storage: Storage
     cache_dir: Path
     doomed: frozenset[str] = frozenset()
+    cache_bytes: int = DEFAULT_BYTES
+    hold: Hold = field(default_factory=Hold, compare=False, repr=False)
 
     def fetch(self, file: FileInfo) -> Path:
         """Return a local path of ``file`` whose bytes have just been verified.
@@ -57,11 +63,38 @@ class FileStore:
                 raise CorruptionError(f"{uri} is missing; {REMEDY}")
             verify_file(path, file, shown_as=uri)
             return path
+        self.hold.add(self.cache_dir, file.sha256)
         path = self.cache_dir / file.sha256[:2] / file.sha256
         if path.is_file() and digest_file(path) == file.sha256:
             os.utime(path)
             return path
         return self._download(uri, file, path)
+
+    def derive(self, file: FileInfo, write: Callable[[Path, Path], None]) -> Path:
+        """Return what is made of a file once, in the cache, its bytes verified every time.
+
+        Args:
+            file: What it is made of.
+            write: Makes it: takes the local path of the file, and the path to write to.
+        """
+        self.hold.add(self.cache_dir, file.sha256)
+        folder = self.cache_dir / "derived"
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob(f"{file.sha256}-*"):
+            if digest_file(path) == path.name.rpartition("-")[2]:
+                os.utime(path)
+                return path
+            path.unlink(missing_ok=True)  # damaged; its name is the digest it should have
+        partial = folder / f"{uuid.uuid4().hex}.partial"
+        write(self.fetch(file), partial)
+        path = folder / f"{file.sha256}-{digest_file(partial)}"
+        partial.replace(path)
+        shrink(self.cache_dir, self.cache_bytes)
+        return path
+
+    def release(self, needed: Iterable[FileInfo]) -> None:
+        """Let the cache delete all copies but those of these files."""
+        self.hold.keep_only(self.cache_dir, [file.sha256 for file in needed])
 
     def find_damage(
         self, needed: Iterable[FileInfo], *, sizes: Mapping[str, int] | None = None
@@ -137,6 +170,7 @@ class FileStore:
         except CorruptionError:
             path.unlink(missing_ok=True)
             raise
+        shrink(self.cache_dir, self.cache_bytes)
         return path
 
 

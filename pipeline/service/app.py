@@ -193,7 +193,12 @@ def build_app(config: ServeConfig, metrics: Metrics | None = None) -> Asgi:
     """
     keys = read_api_keys(config.api_key_file)
     storage = Storage(config.storage)
-    index = SearchIndex.open(config.index, storage, cache_dir=config.cache_dir)
+    index = SearchIndex.open(
+        config.index,
+        storage,
+        cache_dir=config.cache_dir,
+        cache_bytes=parse_size(config.cache_size, setting="cache_size"),
+    )
     metrics = metrics or Metrics()
     lookups = Lookups(
         index,

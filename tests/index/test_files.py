@@ -76,4 +76,4 @@ def test_long_key_tables_are_mapped_from_the_cache(tmp_path, monkeypatch):
     for _ in range(2):
         index = SearchIndex.open(str(tmp_path / "index"), cache_dir=tmp_path / "cache")
         assert index.snapshot.find("shard-001.tar/000003.jpg").row == 3
-    assert len(list((tmp_path / "cache" / "keys").iterdir())) == 1
+    assert len(list((tmp_path / "cache" / "derived").iterdir())) == 1

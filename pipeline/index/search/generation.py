@@ -421,8 +421,8 @@ def _choose_next(known: Line, more: Line) -> Rows:
 def _pick_codec(
     manifest: Manifest, files: FileStore, known: Sequence[Segment]
 ) -> tuple[Codec, dict[str, Segment]]:
-    wanted = {info.id for info in manifest.segments}
-    reusable = {segment.info.id: segment for segment in known if segment.info.id in wanted}
+    # Not by id alone: a segment that was built again after damage lies in other files.
+    reusable = {segment.info.id: segment for segment in known if segment.info in manifest.segments}
     for segment in reusable.values():  # a segment's id includes its codec's
         return segment.codec, reusable
     return open_codec(files, manifest.codec, manifest.dim), {}

@@ -131,12 +131,9 @@ def choose_similar(key: str, candidates: Iterable[str]) -> list[str]:
 
 def open_keys(info: SegmentInfo, files: FileStore) -> pa.Table:
     """Return a segment's keys; mapped from the cache directory where long."""
-    source = files.fetch(info.files["keys"])
     if info.rows < MAPPED_KEYS_ROWS:
-        return _read_keys(source)
-    path = files.cache_dir / "keys" / f"{info.files['keys'].sha256}.arrow"
-    if not path.exists():
-        _write_arrow(_read_keys(source), path)
+        return _read_keys(files.fetch(info.files["keys"]))
+    path = files.derive(info.files["keys"], _write_arrow)
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
@@ -148,9 +145,7 @@ def _read_keys(path: Path) -> pa.Table:
     return named.combine_chunks()
 
 
-def _write_arrow(table: pa.Table, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{np.random.default_rng().integers(1 << 62):x}.partial")
-    with pa.ipc.new_file(partial, table.schema) as writer:
+def _write_arrow(source: Path, target: Path) -> None:
+    table = _read_keys(source)
+    with pa.ipc.new_file(target, table.schema) as writer:
         writer.write_table(table)
-    partial.replace(path)

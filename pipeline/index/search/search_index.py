@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy.typing as npt
 
 from pipeline.errors import CorruptionError, ObjectMissingError, SpaceMismatchError
+from pipeline.index.cache import DEFAULT_BYTES
 from pipeline.index.faiss.codes import Floats
 from pipeline.index.files import FileStore, default_cache_dir
 from pipeline.index.manifest import Manifest, SearchParams
@@ -49,6 +50,7 @@ class SearchIndex:
         *,
         generation: str | None = None,
         cache_dir: str | Path | None = None,
+        cache_bytes: int = DEFAULT_BYTES,
         threads: int = 1,
     ) -> "SearchIndex":
         """Open an index; every file is verified before anything parses it.
@@ -58,6 +60,7 @@ class SearchIndex:
             storage: How to reach it; credentials from the environment otherwise.
             generation: A generation to stay with, instead of the newest.
             cache_dir: Where files of a remote index are kept; the user's cache folder otherwise.
+            cache_bytes: Size that all copies there may have; those unused longest are deleted.
             threads: Threads of one search. Many searches at once want 1.
 
         Raises:
@@ -65,7 +68,7 @@ class SearchIndex:
             CorruptionError: A file is damaged or missing.
         """
         cache = Path(cache_dir) if cache_dir else default_cache_dir()
-        files = FileStore(normalise_uri(uri), storage or Storage(), cache)
+        files = FileStore(normalise_uri(uri), storage or Storage(), cache, cache_bytes=cache_bytes)
         return cls(files, threads=threads, pinned=generation)
 
     @property
@@ -135,6 +138,7 @@ class SearchIndex:
                 return False
             opened = Generation(manifest, self._files, known=self._snapshot.opened.segments)
             self._snapshot = Snapshot(self.uri, opened, threads=self._threads)
+            self._files.release(manifest.list_files())
             return True
 
     def _read_manifest(self) -> Manifest:
