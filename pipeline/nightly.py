@@ -261,6 +261,7 @@ def _show_picture(neighbour: Neighbour, storage: Storage) -> str | None:
             row=neighbour.row,
             offset=neighbour.offset,
             nbytes=neighbour.nbytes,
+            sha256=neighbour.columns["sha256"],
             storage=storage,
         )
         return encode_picture(make_thumbnail(data, _THUMBNAIL_PX, limits=ImageLimits()))

@@ -136,7 +136,7 @@ def sample_failures(
 def _iterate_failures(
     output: str, commits: Sequence[Commit], storage: Storage
 ) -> Iterator[dict[str, Any]]:
-    columns = ["key", "shard", "row", "status", "error", "offset", "nbytes"]
+    columns = ["key", "shard", "row", "status", "error", "offset", "nbytes", "sha256"]
     for commit in commits:
         for part in commit.parts:
             if set(part.statuses) - {"ok"}:
@@ -154,6 +154,7 @@ def _show_failure(row: Mapping[str, Any], storage: Storage) -> FailureSample:
                 offset=row["offset"],
                 nbytes=row["nbytes"],
                 row=row["row"],
+                sha256=row["sha256"],
                 storage=storage,
             )
         except PipelineError:

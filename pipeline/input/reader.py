@@ -5,6 +5,7 @@ What is wrong with one image becomes its record's status; a container that canno
 keeps what was read before and closes with one record of status ``bad_shard``.
 """
 
+import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -53,6 +54,7 @@ def read_record_bytes(
     row: int,
     offset: int | None,
     nbytes: int,
+    sha256: bytes | None,
     storage: Storage,
     image_column: str | None = None,
 ) -> bytes:
@@ -66,15 +68,30 @@ def read_record_bytes(
         row: The row's ``row``.
         offset: The row's ``offset``.
         nbytes: The row's ``nbytes``.
+        sha256: The row's ``sha256``; an image with another digest is not the one that was embedded.
+            None where the row has none.
         storage: How to reach it.
         image_column: Parquet column with the images; found by its type where None.
 
     Raises:
-        RecordError: There is no image there any more.
+        RecordError: There is no image there any more, or another one.
         StorageError: Storage failed, or the object is gone.
     """
     if offset is not None:
-        return storage.read_range(uri, offset, nbytes)
+        data = storage.read_range(uri, offset, nbytes)
+    else:
+        data = _find_record(uri, row, storage=storage, image_column=image_column)
+    if sha256 is not None and hashlib.sha256(data).digest()[: len(sha256)] != sha256:
+        raise RecordError(
+            "unreadable",
+            f"row {row:,} of {uri} holds another image than the one that was embedded; the object "
+            "was replaced since: run embed and index again",
+        )
+    return data
+
+
+def _find_record(uri: str, row: int, *, storage: Storage, image_column: str | None) -> bytes:
+    """Read a Parquet file or an archive up to one of its images."""
     options = ReadOptions(image_column=image_column)
     try:
         with storage.open_random(uri) as file:

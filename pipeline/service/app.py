@@ -239,7 +239,12 @@ def open_embedder(config: ServeConfig, info: IndexInfo, storage: Storage) -> "Em
 def _open_pictures(config: ServeConfig, storage: Storage, metrics: Metrics) -> PictureLoader:
     def read_image(hit: Neighbour) -> bytes:
         return read_record_bytes(
-            hit.shard, row=hit.row, offset=hit.offset, nbytes=hit.nbytes, storage=storage
+            hit.shard,
+            row=hit.row,
+            offset=hit.offset,
+            nbytes=hit.nbytes,
+            sha256=None,  # the loader compares it, for an answer of its own
+            storage=storage,
         )
 
     return PictureLoader(

@@ -15,8 +15,9 @@ that conflict from a real one.
 
 import contextlib
 import functools
+import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,8 +25,11 @@ from pipeline.errors import ConflictError, RetryError, StorageError
 from pipeline.storage.hidden import name_lock
 from pipeline.storage.retry import code_of, retry, status_of
 
-GUARD_LIFE_S = 60.0
-"""A guard this old is a dead writer's. A write under a guard ends well before that."""
+_log = logging.getLogger(__name__)
+
+GUARD_LIFE_S = 180.0
+"""A guard this old is a dead writer's. A write under a guard begins within a third of that, and its
+own time-out (``storage_timeout_s``) has to end it within another."""
 
 SETTLE_S = 0.5
 """Longest time in which a writer that saw no guard may still make one."""
@@ -80,7 +84,7 @@ class ConditionalWrites:
 
         Raises:
             ConflictError: Something else is there.
-            RetryError: Another writer holds the guard.
+            RetryError: This process was paused while it held the guard.
         """
         bucket = uri.removeprefix("s3://").partition("/")[0]
         if bucket not in self._refuses_match:
@@ -147,30 +151,59 @@ class ConditionalWrites:
         head = self._store.look_up(uri)
         if _etag_of(head) != version:  # lost already, no need to queue
             return self._recognise(uri, head, write_id=write_id)
-        with self._guard(_guard_of(uri), write_id):
+        with self._guard(_guard_of(uri), write_id) as check:
             head = self._store.look_up(uri)
             if _etag_of(head) != version:
                 return self._recognise(uri, head, write_id=write_id)
+            check()  # the last thing before the write: it may have been paused since
             return self._store.write(uri, data, write_id=write_id)
 
     @contextlib.contextmanager
-    def _guard(self, guard: str, write_id: str) -> Iterator[None]:
-        try:
-            self._create(guard, b"", write_id=write_id)
-        except ConflictError as error:
-            head = self._store.look_up(guard)
-            if head is not None and head.age_s > GUARD_LIFE_S:
-                self._store.delete([guard])
-            raise RetryError(f"another writer holds {guard!r}") from error
+    def _guard(self, guard: str, write_id: str) -> Iterator[Callable[[], None]]:
+        """Hold the guard; give a check that raises ``RetryError`` once others may take it over."""
+        taken_s = self._take_guard(guard, write_id)
+
+        def check() -> None:
+            if _now_s() - taken_s > GUARD_LIFE_S / 3:
+                raise RetryError(f"paused for too long while holding {guard!r}")
+
         time.sleep(SETTLE_S)
         head = self._store.look_up(guard)
         if head is None or head.write_id != write_id:
             raise RetryError(f"another writer holds {guard!r}")
         try:
-            yield
+            yield check
         finally:
             release = functools.partial(self._store.delete, [guard])
             retry(release, action="delete", uri=guard, attempts=self._attempts)
+
+    def _take_guard(self, guard: str, write_id: str) -> float:
+        """Create the guard, waiting while another writer's is alive; return when, since boot."""
+        waiting = False
+        while True:
+            taken_s = _now_s()
+            try:
+                self._create(guard, b"", write_id=write_id)
+            except ConflictError:
+                head = self._store.look_up(guard)
+            else:
+                return taken_s
+            if head is not None and head.age_s > GUARD_LIFE_S:
+                self._store.delete([guard])
+            elif head is not None:
+                if not waiting and head.age_s > GUARD_LIFE_S / 3:
+                    waiting = True
+                    left_s = GUARD_LIFE_S - head.age_s
+                    _log.warning(
+                        "%s was left by a writer that is paused or dead; waiting for up to %.0f s",
+                        *(guard, left_s),
+                    )
+                time.sleep(SETTLE_S)
+
+
+def _now_s() -> float:
+    """Return seconds since boot, counting the time that the machine was suspended."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _guard_of(uri: str) -> str:

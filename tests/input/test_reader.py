@@ -1,3 +1,4 @@
+import hashlib
 import io
 import json
 import tarfile
@@ -401,7 +402,7 @@ def test_images_are_read_from_every_binary_type(
     assert [record.data for record in records] == [*images, b""]
     assert [record.status for record in records] == ["ok"] * 4 + ["unreadable"]
     again = read_record_bytes(
-        shard.source, row=3, offset=None, nbytes=len(images[3]), storage=STORAGE
+        shard.source, row=3, offset=None, nbytes=len(images[3]), sha256=None, storage=STORAGE
     )
     assert again == images[3]
 
@@ -642,6 +643,7 @@ def check_single_reads(records: Sequence[Record], storage: Storage = STORAGE) ->
             row=record.row,
             offset=record.offset,
             nbytes=len(record.data),
+            sha256=hashlib.sha256(record.data).digest()[:16],
             storage=storage,
         )
         assert data == record.data
@@ -657,9 +659,31 @@ def test_a_single_image_is_fetched_again_from_where_its_row_says(tmp_path: Path,
     check_single_reads(read_all(make_shard(path))[0])
 
 
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.parquet"])
+def test_an_image_of_a_source_that_was_replaced_is_not_taken_for_the_old_one(
+    tmp_path: Path, name: str
+) -> None:
+    write = write_parquet if name.endswith("parquet") else write_tar
+    content = IMAGES if name.endswith("parquet") else MEMBERS
+    path = write(tmp_path / name, content)
+    (record, other, *_), _ = read_all(make_shard(path))
+    write(path, [content[1], content[0], *content[2:]])
+    with pytest.raises(RecordError, match=r"holds another image .* run embed and index again"):
+        read_record_bytes(
+            str(path),
+            row=0,
+            offset=record.offset,
+            nbytes=len(other.data),
+            sha256=hashlib.sha256(record.data).digest()[:16],
+            storage=STORAGE,
+        )
+
+
 def test_an_image_that_is_not_there_any_more_is_said_to_be_missing(tmp_path: Path) -> None:
     def fetch(path: Path, row: int) -> bytes:
-        return read_record_bytes(str(path), row=row, offset=None, nbytes=9, storage=STORAGE)
+        return read_record_bytes(
+            str(path), row=row, offset=None, nbytes=9, sha256=None, storage=STORAGE
+        )
 
     tar = write_tar(tmp_path / "a.tgz", MEMBERS[:2])
     parquet = write_parquet(tmp_path / "a.parquet", [IMAGES[0], None])

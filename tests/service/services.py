@@ -75,7 +75,7 @@ class Service:
 
 def read_image(hit):
     return read_record_bytes(
-        hit.shard, row=hit.row, offset=hit.offset, nbytes=hit.nbytes, storage=STORAGE
+        hit.shard, row=hit.row, offset=hit.offset, nbytes=hit.nbytes, sha256=None, storage=STORAGE
     )
 
 

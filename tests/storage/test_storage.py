@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -455,21 +456,45 @@ def test_swift_knows_create_only_and_refuses_if_match(s3_server: S3Server) -> No
     assert retry_module.status_of(refusal.value) == 501
 
 
-def test_a_dead_writers_guard_is_taken_over(
-    faulty_moto: tuple[Place, FaultyProxy], monkeypatch: pytest.MonkeyPatch
+def test_a_dead_writers_guard_is_waited_out_and_taken_over(
+    faulty_moto: tuple[Place, FaultyProxy],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     place, proxy = faulty_moto
     proxy.inject(Fault("not_implemented", method="PUT"))  # to If-Match, on finding out
     version = place.storage.put_if_absent(place.at("CURRENT"), b"1")
     guard = place.at(conditional.name_lock("CURRENT"))
     place.storage.put(guard, b"somebody's")
-    with pytest.raises(StorageError, match=r"failed 4 times, .* another writer holds"):
-        place.storage.put_if_version(place.at("CURRENT"), b"2", version)
-    assert place.storage.read(place.at("CURRENT")) == b"1"
-    monkeypatch.setattr(conditional, "GUARD_LIFE_S", -1.0)
+    monkeypatch.setattr(conditional, "GUARD_LIFE_S", 4.0)  # the store's clock shows whole seconds
+    started_s = time.monotonic()
     place.storage.put_if_version(place.at("CURRENT"), b"2", version)
+    assert time.monotonic() - started_s > 1.0  # it waited for the guard to expire
+    assert "was left by a writer that is paused or dead; waiting for up to" in caplog.text
     assert place.storage.read(place.at("CURRENT")) == b"2"
     assert not place.storage.exists(guard)
+
+
+def test_a_writer_that_was_paused_under_its_guard_writes_nothing_before_it_has_asked_again(
+    faulty_moto: tuple[Place, FaultyProxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its guard may have been taken for a dead one's, and another writer may be in its place."""
+    place, proxy = faulty_moto
+    proxy.inject(Fault("not_implemented", method="PUT"))
+    version = place.storage.put_if_absent(place.at("CURRENT"), b"1")
+    now_s, paused = time.clock_gettime, []
+
+    def pause_once(clock: int) -> float:
+        paused.append(clock)
+        return now_s(clock) + (conditional.GUARD_LIFE_S if len(paused) == 2 else 0.0)
+
+    puts = proxy.count("PUT")
+    monkeypatch.setattr(time, "clock_gettime", pause_once)
+    place.storage.put_if_version(place.at("CURRENT"), b"2", version)
+    assert (
+        proxy.count("PUT") - puts == 3
+    )  # a guard, given back unused; another guard, and the write
+    assert place.storage.read(place.at("CURRENT")) == b"2"
 
 
 @pytest.mark.parametrize(("skip", "header"), [(0, "If-Match"), (1, "If-None-Match")])

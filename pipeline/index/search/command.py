@@ -294,6 +294,7 @@ def _read_picture(neighbour: Neighbour, storage: Storage) -> tuple[bytes | None,
             row=neighbour.row,
             offset=neighbour.offset,
             nbytes=neighbour.nbytes,
+            sha256=neighbour.columns["sha256"],
             storage=storage,
         )
     except PipelineError as error:  # a page without one picture is better than no page
