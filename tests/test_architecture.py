@@ -49,7 +49,7 @@ DOORS = {
 # Layers, low to high: a module imports from its own layer or a lower one; folders of one layer are
 # siblings, which do not import each other.
 LAYERS = (
-    ("pipeline.errors", "pipeline.log"),
+    ("pipeline.errors", "pipeline.log", "pipeline.shortages"),
     ("pipeline.records", "pipeline.carried", "pipeline.cli"),
     ("pipeline.config",),
     ("pipeline.storage.*",),

@@ -23,11 +23,9 @@ images, which that clips to white. Opaque RGB and 8-bit grey pictures are equal 
 for the orientation. TIFF is turned by Pillow itself in either.
 """
 
-import errno
 import functools
 import hashlib
 import io
-import mmap
 import re
 import struct
 import warnings
@@ -40,6 +38,7 @@ from PIL import Image, ImageChops
 
 from pipeline.errors import RecordError, ShortageError, describe_excess_bytes
 from pipeline.images.png import drop_long_texts
+from pipeline.shortages import is_shortage
 
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI"),
@@ -72,10 +71,6 @@ _TRUNCATED = re.compile(
     r"|premature end|reached end",
     re.IGNORECASE,
 )
-
-_SHORTAGES = {errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOSPC}
-
-_SPARE_BYTES = 64 * 2**20
 
 _BYTES_PER_PIXEL = 16  # decoded as RGBA, and converted a few times
 
@@ -163,26 +158,12 @@ def decode_image(
     except Exception as error:  # decoders raise anything on hostile bytes
         if (shorter := drop_long_texts(data, error)) is not None:
             return decode_image(shorter, limits=limits, exif=exif, draft_size=draft_size)
-        if _is_shortage(error, read_header(data, limits=limits)):
+        header = read_header(data, limits=limits)
+        pixels = header.size[0] * header.size[1] if header is not None else 0
+        if is_shortage(error, needed_bytes=_BYTES_PER_PIXEL * pixels):
             words = f"this machine is short of memory or descriptors: {error or 'no memory'}"
             raise ShortageError(f"{words}; give it more memory, or lower --max-pixels") from error
         raise _describe_failure(data, error) from error
-
-
-def _is_shortage(error: Exception, header: "ImageHeader | None") -> bool:
-    """Tell a failure that the machine may be to blame for from one that is the image's own.
-
-    Decoders report a failed allocation in many ways, or as damage. So whatever they say, it counts
-    only if the memory that an image of this size can need is there to be had.
-    """
-    if isinstance(error, OSError) and error.errno in _SHORTAGES:
-        return True
-    pixels = header.size[0] * header.size[1] if header is not None else 0
-    try:
-        mmap.mmap(-1, _SPARE_BYTES + _BYTES_PER_PIXEL * pixels).close()
-    except (OSError, MemoryError):
-        return True
-    return False
 
 
 def _refuse_by_length(data: bytes, limits: ImageLimits) -> None:

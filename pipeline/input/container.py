@@ -8,6 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.shortages import is_shortage
+
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
@@ -58,8 +60,10 @@ class BrokenContainerError(Exception):
 
 
 def is_fault_of_data(error: Exception) -> bool:
-    """Tell damaged data from a failing disk or connection, which have an error number."""
-    return not isinstance(error, OSError) or error.errno is None
+    """Tell damaged data from a failing disk or connection, and from a machine without memory."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return False
+    return not is_shortage(error)
 
 
 def note_missing(missing: Iterable[str], *, known: Iterable[str], notes: Counter[str]) -> None:
