@@ -234,7 +234,7 @@ class Record:
         key: Unique and stable over the whole input.
         row: Position in its shard, from 0.
         shard: URI of the object that holds it.
-        data: The encoded image; empty where reading failed.
+        data: The encoded image, or a view of it in a larger buffer; empty where reading failed.
         offset: Where the encoded image starts in ``shard``, bytes; None where no ranged read can
             give it (Parquet, compressed tar).
         carried: Carried columns by name, values as ``carried.to_values`` gives them.
@@ -247,7 +247,7 @@ class Record:
     key: str
     row: int
     shard: str
-    data: bytes
+    data: bytes | memoryview
     offset: int | None
     carried: Mapping[str, Any] = field(default_factory=dict)
     status: str = "ok"

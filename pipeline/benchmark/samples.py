@@ -49,7 +49,7 @@ def _read_images(inputs: Sequence[str], storage: Storage) -> Iterator[bytes]:
     listing = list_sources(inputs, "auto", storage)
     for shard in plan_shards(listing, space_id="", layout=layout, commits={}, retired={}).embed:
         for chunk in read_chunks(shard, storage=storage, options=ReadOptions()):
-            yield from (record.data for record in chunk.records if record.status == "ok")
+            yield from (bytes(record.data) for record in chunk.records if record.status == "ok")
 
 
 def draw_photograph(seed: int, size: tuple[int, int] = _DRAWN_SIZE) -> bytes:

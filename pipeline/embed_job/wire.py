@@ -8,6 +8,7 @@ import pickle
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -188,7 +189,7 @@ def _pack_load(items: Sequence[tuple[Shard, Chunk] | FailedShard], read_s: float
     return pa.table(columns, schema=LOAD_SCHEMA)
 
 
-def _join_images(images: Sequence[bytes]) -> pa.Array:
+def _join_images(images: Sequence[bytes | memoryview]) -> pa.Array:
     """Return a list of one row, in a buffer of just its size; a builder's may be twice that."""
     offsets = np.cumsum([0, *map(len, images)], dtype=np.int64)
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(images))]
@@ -201,16 +202,27 @@ def _strip(chunk: Chunk) -> Chunk:
 
 
 def unpack_loads(table: pa.Table) -> Iterator[Load]:
-    """Yield the loads of a table, with the image bytes back in their records."""
+    """Yield the loads of a table, with the image bytes back in their records.
+
+    The bytes stay where the table holds them: copies would cost an actor the interpreter's lock.
+    """
     images: Any = table.column("images")
     for row, header in enumerate(table.column("header").to_pylist()):
         load: Load = pickle.loads(header)
-        values = (value.as_py() for value in images[row].values)
-        chunks = [(shard, _fill(chunk, values)) for shard, chunk in load.chunks]
+        views = _view_images(images[row].values)
+        chunks = [(shard, _fill(chunk, views)) for shard, chunk in load.chunks]
         yield replace(load, chunks=chunks)
 
 
-def _fill(chunk: Chunk, values: Iterator[bytes]) -> Chunk:
+def _view_images(values: pa.LargeBinaryArray) -> Iterator[memoryview]:
+    """Yield the bytes of each value, in place."""
+    _, offsets, data = values.buffers()
+    starts = np.frombuffer(offsets, np.int64)[values.offset :][: len(values) + 1].tolist()
+    view = memoryview(b"" if data is None else data).cast("B")
+    return (view[start:end] for start, end in pairwise(starts))
+
+
+def _fill(chunk: Chunk, values: Iterator[bytes | memoryview]) -> Chunk:
     return replace(chunk, records=[replace(r, data=next(values)) for r in chunk.records])
 
 

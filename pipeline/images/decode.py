@@ -126,13 +126,17 @@ class DecodedImage:
     box: Box | None = None
 
 
-def image_digest(data: bytes) -> bytes:
+def image_digest(data: bytes | memoryview) -> bytes:
     """Return the first 16 bytes of the SHA-256 of the encoded image."""
     return hashlib.sha256(data).digest()[:16]
 
 
 def decode_image(
-    data: bytes, *, limits: ImageLimits, exif: Exif = "apply", draft_size: int | None = None
+    data: bytes | memoryview,
+    *,
+    limits: ImageLimits,
+    exif: Exif = "apply",
+    draft_size: int | None = None,
 ) -> DecodedImage:
     """Decode one image to RGB as the module docstring lays down.
 
@@ -149,6 +153,7 @@ def decode_image(
             whatever the bytes.
         ShortageError: It might decode, but this machine is short of memory or descriptors.
     """
+    data = bytes(data)
     _refuse_by_length(data, limits)
     _ignore_pillow_warnings()
     try:
@@ -199,8 +204,9 @@ class ImageHeader:
     orientation: int
 
 
-def read_header(data: bytes, *, limits: ImageLimits) -> ImageHeader | None:
+def read_header(data: bytes | memoryview, *, limits: ImageLimits) -> ImageHeader | None:
     """Return the header, or None of an image that ``decode_image`` may refuse."""
+    data = bytes(data)
     try:
         _refuse_by_length(data, limits)
         image = _open_image(data)

@@ -125,7 +125,7 @@ class GpuCropMaker:
             for i, (record, header) in enumerate(group)
         ]
 
-    def _decode(self, images: Sequence[bytes]) -> list[Tensor]:
+    def _decode(self, images: Sequence[bytes | memoryview]) -> list[Tensor]:
         """Return RGB pictures, uint8 (3, H, W), on the device."""
         from torchvision.io import ImageReadMode, decode_jpeg  # an optional dependency
 

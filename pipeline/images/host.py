@@ -60,7 +60,7 @@ class Crop:
     transform_s: float = 0.0
 
 
-def make_crop(data: bytes, recipe: CropRecipe) -> Crop:
+def make_crop(data: bytes | memoryview, recipe: CropRecipe) -> Crop:
     """Decode, resize and crop one encoded image.
 
     Raises:

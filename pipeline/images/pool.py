@@ -54,7 +54,7 @@ class Job:
 
     index: int
     name: str
-    data: bytes
+    data: bytes | memoryview
     place: tuple[int, int]
     crashes: int = 0
     shortages: int = 0

@@ -90,7 +90,7 @@ class DecodeProcess:
         """Its process id."""
         return self._child.pid
 
-    def send(self, images: Sequence[bytes], places: Sequence[tuple[int, int]]) -> int:
+    def send(self, images: Sequence[bytes | memoryview], places: Sequence[tuple[int, int]]) -> int:
         """Hand it a task; return the task's number.
 
         Raises:
@@ -176,7 +176,7 @@ def _start_program(channel: int, memory: int, cell: int) -> "subprocess.Popen[by
     )
 
 
-def _write_images(file: int, images: Sequence[bytes]) -> None:
+def _write_images(file: int, images: Sequence[bytes | memoryview]) -> None:
     """Write images to a file in one call, which needs the interpreter's lock for none of it."""
     written, total = os.writev(file, images), sum(map(len, images))
     while written < total:  # the system writes at most 2 GiB at once
