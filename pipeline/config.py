@@ -109,7 +109,7 @@ class EmbedConfig:
     max_image_bytes: str = "256MiB"
     """Longer encoded images are not decoded; their row says too_large."""
     image_timeout_s: float = 30.0
-    """Longest time one image may take to decode; its row says unreadable after that."""
+    """Longest CPU time, or time in waiting, to decode one image; then its row says unreadable."""
     max_failures: str | None = None
     """Stop the run when more images fail: a count (100) or a share (1%)."""
     retry_failed: bool = False
