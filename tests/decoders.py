@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from pictures import make_jpeg
+from pictures import encode, make_picture
 
 _MARK = b"#!fault\n"
 
 _SITECUSTOMIZE = f"""
-from PIL import JpegImagePlugin
+from PIL import PngImagePlugin
 
-load = JpegImagePlugin.JpegImageFile.load
+load = PngImagePlugin.PngImageFile.load
 
 def load_or_fail(self):
     if self.fp is not None:
@@ -20,7 +20,7 @@ def load_or_fail(self):
         exec("import ctypes, os, signal, sys, time\\n" + code.decode())
     return load(self)
 
-JpegImagePlugin.JpegImageFile.load = load_or_fail
+PngImagePlugin.PngImageFile.load = load_or_fail
 """
 
 
@@ -33,7 +33,7 @@ def install_faulty_decoder(folder: Path) -> Path:
 
 def make_fault(code: str, seed: int = 1) -> bytes:
     """Return a good picture whose decoder runs ``code`` first."""
-    return make_jpeg(seed) + _MARK + code.encode()
+    return encode(make_picture(seed), "PNG") + _MARK + code.encode()
 
 
 def once(code: str, flag: Path) -> str:
