@@ -249,13 +249,10 @@ class _Keeper:
         groups, self._under_way = self._under_way, deque()
         self._deaths_at_rest += not death.task
         if self._deaths_at_rest >= TRIES:
+            words = f"{TRIES} decode processes in a row ended before they began ({death.words})"
+            remedy = _REMEDY if death.cause == "shortage" else "see their words on standard error"
             for _, group in groups:
-                group.answer(
-                    ShortageError(
-                        f"{TRIES} decode processes ended before they began ({death.words}); their "
-                        f"standard error may say why: {_REMEDY}"
-                    )
-                )
+                group.answer(ShortageError(f"{words}: {remedy}"))
             return
         for number, group in groups:
             rest = list(group.jobs)
