@@ -1,9 +1,28 @@
 import numpy as np
 import pyarrow as pa
 
+from index.corpus import STORAGE, build, make_corpus
 from pipeline.index.vectors import normalise_rows
 from pipeline.benchmark.synthetic import generate_vectors
-from pipeline.index.build.ground_truth import DEPTH, Queries, Truth, TruthBuilder, count_hits, decode_queries, drop_dead, encode_queries, find_floors, merge_truths
+from pipeline.index.build.ground_truth import (
+    DEPTH,
+    Queries,
+    Truth,
+    TruthBuilder,
+    blend_rows,
+    count_hits,
+    decode_queries,
+    drop_dead,
+    encode_queries,
+    find_floors,
+    look_up,
+    merge_truths,
+    read_queries,
+    score_as_embedded,
+)
+from pipeline.index.build.measure import read_truth
+from pipeline.index.files import FileStore
+from pipeline.index.pointer import read_current
 
 DIM = 32
 
@@ -86,3 +105,64 @@ def test_equal_pictures_are_equally_right():
     short = np.array([[0.9, -np.inf, -np.inf, -np.inf]], np.float32)
     hits, possible = count_hits(short, short, 3)
     assert (hits[0], possible[0]) == (1, 1)
+
+
+def test_what_a_search_found_is_scored_as_embedded_or_not_at_all():
+    queries, vectors, names = make_case(count=7)
+    truth = collect(queries, vectors, names)
+    held = {(q, r): s for q, r, s in zip(truth.query, truth.row, truth.score, strict=True)}
+    random = np.random.default_rng(0)
+    rows = random.integers(-1, len(vectors), (7, 400))
+    expected = [[held.get((q, row), -np.inf) for row in line] for q, line in enumerate(rows)]
+    np.testing.assert_array_equal(look_up(truth, rows), np.array(expected, np.float32))
+    order = random.permutation(len(truth.row))
+    mixed = Truth(truth.query[order], truth.row[order], truth.score[order])
+    np.testing.assert_array_equal(look_up(mixed, rows), np.array(expected, np.float32))
+    assert np.isneginf(look_up(TruthBuilder(queries).finish(), rows)).all()
+
+
+def test_which_of_many_equal_rows_are_kept_as_truth_does_not_count_against_a_search():
+    vectors = normalise_rows(generate_vectors(900, DIM, clusters=30))
+    vectors[200:500] = vectors[200]
+    query = normalise_rows(vectors[200:201] + np.float32(0.01))
+    queries = Queries(("",), query, np.full(1, -np.inf, np.float32))
+    truth = collect(queries, vectors, [f"k{row}" for row in range(900)])
+    exact = merge_truths([truth], 1)
+    scores = query.astype(np.float64) @ vectors.T
+    for found in (np.arange(200, 300), np.arange(400, 500)):
+        values = score_as_embedded(truth, scores[:, found], found[None])
+        assert count_hits(values, exact, 100)[0][0] == 100
+    wrong = np.argsort(scores[0])[:100]
+    values = score_as_embedded(truth, scores[:, wrong], wrong[None])
+    assert count_hits(values, exact, 100)[0][0] == 0
+
+
+def test_queries_are_no_rows_and_lie_nearer_to_one_row_than_to_another():
+    vectors = normalise_rows(generate_vectors(200, DIM, clusters=30))
+    blended = blend_rows(vectors)
+    np.testing.assert_allclose(np.linalg.norm(blended, axis=1), 1, atol=1e-6)
+    own, other = (np.sum(blended * rows, axis=1) for rows in (vectors, np.roll(vectors, 1, axis=0)))
+    assert (own > other - 1e-6).all()
+    assert own.max() < 1 - 1e-4
+    np.testing.assert_allclose(blend_rows(vectors[:1]), vectors[:1], atol=1e-6)
+
+
+def test_merged_segments_remember_the_exact_neighbours_of_the_vectors_as_embedded(tmp_path):
+    """Their own vectors are rounded, which moves the neighbours of near copies."""
+    corpus = make_corpus(tmp_path / "embeddings", rows=400, dim=DIM, shards=8)
+    uri = str(tmp_path / "index")
+    build(corpus, uri, kind="rabitq", queries=30)
+    corpus.drop_rows("shard-001.tar", every=20)
+    corpus.extend("more.tar", rows=450, seed=2)
+    report = build(corpus, uri, kind="rabitq", queries=30)
+    assert "merged" in report["why"]
+    files = FileStore(uri, STORAGE, tmp_path / "cache")
+    manifest = read_current(uri, STORAGE)
+    queries = read_queries(files, manifest.queries, DIM)
+    truth = read_truth(
+        files, manifest.segments, tombstones=manifest.tombstones, queries=queries
+    )
+    rows = np.stack(list(corpus.vectors.values())).astype(np.float64)
+    exact = queries.vectors @ (rows / np.linalg.norm(rows, axis=1, keepdims=True)).T
+    exact = -np.sort(-exact, axis=1)[:, :100]
+    np.testing.assert_allclose(truth[:, :100], exact, atol=1e-6)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from pipeline.index.manifest import SearchParams
+from pipeline.index.build.gates import check_recall
 from pipeline.index.build.measure import Measured, estimate_recall
 from pipeline.index.build.tune import choose, limit_candidates, meets, order_by_cost, tune
 
@@ -41,6 +42,18 @@ def test_more_queries_make_the_interval_narrower():
 def test_queries_without_neighbours_say_nothing():
     nothing = np.full((5, 10), -np.inf, np.float32)
     assert estimate_recall(nothing, nothing, 10) == (1.0, 0.0, 1.0)
+
+
+def test_a_hundred_neighbours_have_to_meet_the_target_like_ten():
+    recall = {1: (1.0, 1.0, 1.0), 10: (0.99, 0.98, 1.0), 100: (0.9, 0.89, 0.91)}
+    few = Measured(SearchParams(ef=128), recall, (1.0, 2.0), 1000, 1.0)
+    enough = measured(SearchParams(ef=256), 0.97, 0.96)
+    assert choose([few, enough], 0.95) is enough
+    gate = check_recall(few, 0.95)
+    assert not gate.passed
+    assert "recall@10 is 0.9900" in gate.detail
+    assert "recall@100 is 0.9000 (0.8900 to 0.9100), the target 0.95" in gate.detail
+    assert check_recall(enough, 0.95).passed
 
 
 def test_the_first_setting_that_meets_the_bound_is_chosen():

@@ -2,6 +2,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from index.conftest import KINDS
 from index.corpus import Corpus, build, draw_vectors, make_corpus, rank_exactly
 from pipeline.errors import SettingsError
 from pipeline.index.export.neighbours import join_groups
@@ -49,6 +50,44 @@ def test_near_duplicates_come_in_groups(corpus, tmp_path, kind):
         assert 0.999 <= line["score"] <= 1
     expected = {f"copies.tar/{row:06d}.jpg" for row in (3, 13, 23)}
     assert expected in groups.values()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_near_duplicates_at_a_cosine_of_one_are_the_exact_copies_alone(tmp_path, kind):
+    corpus = Corpus(str(tmp_path / "embeddings"), 48)
+    corpus.add_shard("pictures.tar", draw_vectors(600, 48, seed=0))
+    one, other = draw_vectors(2, 48, seed=9)
+    noise = 2e-3 * np.random.default_rng(0).standard_normal((40, 48)) * one.mean()
+    near = np.concatenate([one + noise, other + noise]).astype(np.float32)
+    copies = np.repeat([one, other], [70, 3], axis=0)
+    corpus.add_shard("copies.tar", np.concatenate([near[:40], copies, near[40:]]))
+    settings = {"kind": kind, "queries": 50, "near_duplicates": 1.0}
+    report = build(corpus, str(tmp_path / "index"), **settings)["near_duplicates"]
+    lines = pq.read_table(report["uri"]).to_pylist()
+    assert {line["key"] for line in lines} == {f"copies.tar/{40 + n:06d}.jpg" for n in range(73)}
+    assert {line["score"] for line in lines} == {1}
+    assert report["groups"] == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_graph_has_all_the_neighbours_that_there_are(tmp_path, kind):
+    """More than the few lists that a search looks into, or the links of a graph, would give."""
+    corpus = Corpus(str(tmp_path / "embeddings"), 16)
+    copies = np.repeat(draw_vectors(2, 16, seed=1), 100, axis=0)
+    corpus.add_shard("a.tar", np.concatenate([draw_vectors(300, 16, seed=0), copies]))
+    uri = str(tmp_path / "index")
+    build(corpus, uri, kind=kind, queries=30)
+    corpus.extend("night.tar", rows=5, seed=3)
+    report = build(corpus, uri, kind=kind, queries=30, knn=180)
+    table = pq.read_table(report["knn"]["uri"])
+    counts = np.unique(table.column("key").to_numpy(zero_copy_only=False), return_counts=True)[1]
+    assert (counts == 180).all()
+    assert len(counts) == 505
+    pairs = set(zip(table["key"].to_pylist(), table["neighbour"].to_pylist(), strict=True))
+    assert len(pairs) == table.num_rows
+    assert build(corpus, uri, knn=900)["knn"]["rows"] == 505
+    table = pq.read_table(f"{report['knn']['uri'].rsplit('-', 1)[0]}-900")
+    assert table.num_rows == 505 * 504
 
 
 def test_an_index_without_near_duplicates_has_no_groups(tmp_path):

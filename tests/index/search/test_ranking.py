@@ -242,3 +242,19 @@ def test_rows_that_a_graph_cannot_reach_are_found(tmp_path):
         for query in (rows[0], rows[-1], draw_vectors(1, 16, seed=3)[0]):
             found = index.search(query, k)[0]
             assert len({item.key for item in found}) == k
+
+
+def test_the_recall_that_a_generation_claims_is_what_new_pictures_get(hard: Hard):
+    """Of a video that is in the index, and of things that are not."""
+    index = SearchIndex.open(hard.built.index)
+    random = np.random.default_rng(1)
+    starts = draw_vectors(40, DIM, seed=5)
+    frames = starts + 2e-3 * random.standard_normal(starts.shape) * np.abs(starts).mean()
+    queries = np.concatenate([draw_vectors(80, DIM, seed=98), frames]).astype(np.float32)
+    truths = list(map(hard.rank, queries))
+    for k in (10, 100):
+        pairs = zip(index.search(queries, k), truths, strict=True)
+        measured = np.mean([measure_recall(found, exact, k) for found, exact in pairs])
+        claimed = index.info.measured["recall_at"][str(k)]
+        assert measured >= 0.95
+        assert claimed["low"] <= measured + 0.01
