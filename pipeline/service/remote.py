@@ -66,7 +66,10 @@ def ask_service(config: SearchConfig) -> RemoteReport:
         answers: list[SearchResponse] = []
         for first in range(0, len(searches), MAX_SEARCHES):
             batch = [search for _, search in searches[first : first + MAX_SEARCHES]]
-            answers += client.search_batch(batch)
+            try:
+                answers += client.search_batch(batch)
+            except QueryError as error:
+                raise QueryError(f"{error}; searches.0 is {names[first]}") from error
     return RemoteReport(config.url, names, answers, time.perf_counter() - started)
 
 

@@ -39,6 +39,16 @@ def test_pictures_and_files_of_vectors_are_sent_to_the_service(service, capsys, 
     assert results[3]["neighbours"][0]["key"] == KEY
 
 
+def test_a_vector_that_cannot_be_searched_with_is_named(service, capsys, tmp_path):
+    vectors = make_vectors(range(70))
+    vectors[67] = np.nan
+    np.save(tmp_path / "v.npy", vectors)
+    assert main(["--url", service.url, "--vector", str(tmp_path / "v.npy")]) == 2
+    message = capsys.readouterr().err
+    assert "not finite" in message
+    assert f"(searches.3.query.vector_base64); searches.0 is {tmp_path}/v.npy[64]" in message
+
+
 def test_the_service_s_key_comes_from_a_file(gallery, capsys, tmp_path):
     path = tmp_path / "keys"
     path.write_text("a-key-of-twenty-four-chars\n")
