@@ -44,6 +44,7 @@ DOORS = {
     "tyro": {"pipeline.cli"},
     "timm": {"jobs.baselines.*", "pipeline.benchmark.*"},
     "torchvision": {"pipeline.images.gpu"},
+    "simplejpeg": {"pipeline.images.jpeg"},
 }
 
 # Layers, low to high: a module imports from its own layer or a lower one; folders of one layer are

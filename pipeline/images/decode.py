@@ -37,7 +37,9 @@ import numpy as np
 from PIL import Image, ImageChops
 
 from pipeline.errors import RecordError, ShortageError, describe_excess_bytes
+from pipeline.images.jpeg import decode_jpeg
 from pipeline.images.png import drop_long_texts
+from pipeline.images.turns import TURNS, Pixels, make_upright
 from pipeline.shortages import is_shortage
 
 FORMATS = (
@@ -77,16 +79,6 @@ _BYTES_PER_PIXEL = 16  # decoded as RGBA, and converted a few times
 _PILLOW_MODULES = re.compile(r"PIL\.")
 
 _ORIENTATION_TAG = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 Exif = Literal["apply", "ignore"]
 Box = tuple[float, float, float, float]
 _Accepts = Callable[[bytes], bool | str]
@@ -110,20 +102,27 @@ class DecodedImage:
     """A decoded picture.
 
     Attributes:
-        image: RGB, 8 bits a channel, turned upright where EXIF was applied.
+        picture: RGB, 8 bits a channel, as stored; uint8 (H, W, 3) if it is an array.
+        turn: The EXIF orientation that turns it upright; 1 where EXIF is not applied.
         width: Width of the original as stored, before turning and scaling, pixels.
         height: Height of the original, likewise.
-        size: Width and height of the whole picture at full scale as ``image`` is turned; what
-            geometry (resize, crop) is computed from. Equals ``image.size`` unless ``box`` is set.
+        size: Width and height of the whole picture at full scale, upright; what geometry (resize,
+            crop) is computed from. Equals ``image.size`` unless ``box`` is set.
         box: Where the whole picture lies in ``image``, (left, top, right, bottom) in fractional
             pixels, when the decoder has scaled it down; None when it is all of ``image``.
     """
 
-    image: Image.Image
+    picture: Image.Image | Pixels
+    turn: int
     width: int
     height: int
     size: tuple[int, int]
     box: Box | None = None
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture upright."""
+        return make_upright(self.picture, self.turn)
 
 
 def image_digest(data: bytes | memoryview) -> bytes:
@@ -229,18 +228,19 @@ def _decode(
         pixels = f"{width} x {height} is {width * height:,} pixels"
         raise RecordError("too_large", f"{pixels}; max_pixels is {limits.max_pixels:,}")
     draft = image.draft(None, (draft_size, draft_size)) if draft_size else None
-    image.load()
-    orientation = _read_orientation(image) if exif == "apply" else 1
-    rgb = _convert_to_rgb(image, composite=exif == "apply")
+    scaled = image.size != (width, height)
+    picture: Image.Image | Pixels | None = decode_jpeg(data, image, scaled=scaled)
+    if picture is None:
+        image.load()
+        picture = _convert_to_rgb(image, composite=exif == "apply")
+    turn = _read_orientation(image) if exif == "apply" else 1
     box = None
-    if draft is not None and image.size != (width, height):
-        box = _turn_box(draft[1], image.size, orientation)
+    if draft is not None and scaled:
+        box = _turn_box(draft[1], image.size, turn)
     elif image.size != (width, height):
         width, height = image.size  # TIFF, turned by its own decoder
-    if orientation in _TURNS:
-        rgb = rgb.transpose(_TURNS[orientation])
-    size = (height, width) if orientation >= 5 else (width, height)
-    return DecodedImage(rgb, width, height, size, box)
+    size = TURNS[turn].turn_size((width, height))
+    return DecodedImage(picture, turn, width, height, size, box)
 
 
 def _open_image(data: bytes) -> Image.Image:
@@ -321,18 +321,19 @@ def _read_orientation(image: Image.Image) -> int:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # broken metadata must not cost a good picture
         return 1
-    return value if value in _TURNS else 1
+    return value if value in TURNS else 1
 
 
 def _turn_box(box: Box, size: tuple[int, int], orientation: int) -> Box:
     """Return ``box`` of an image of ``size`` after the turn that ``orientation`` asks for."""
-    left, top, right, bottom = box
-    width, height = size
-    if orientation in (2, 3, 7, 8):  # the stored left edge becomes the right or bottom one
+    turn = TURNS[orientation]
+    left, top, right, bottom = (box[1], box[0], box[3], box[2]) if turn.transposed else box
+    width, height = turn.turn_size(size)
+    if turn.mirrored:
         left, right = width - right, width - left
-    if orientation in (3, 4, 6, 7):
+    if turn.flipped:
         top, bottom = height - bottom, height - top
-    return (top, left, bottom, right) if orientation >= 5 else (left, top, right, bottom)
+    return left, top, right, bottom
 
 
 def _convert_to_rgb(image: Image.Image, *, composite: bool) -> Image.Image:

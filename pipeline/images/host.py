@@ -71,7 +71,13 @@ def make_crop(data: bytes | memoryview, recipe: CropRecipe) -> Crop:
         data, limits=recipe.limits, exif=recipe.exif, draft_size=recipe.draft_size
     )
     decoded_s = time.thread_time()
-    pixels = resize_and_crop(decoded.image, recipe.data_config, size=decoded.size, box=decoded.box)
+    pixels = resize_and_crop(
+        decoded.picture,
+        recipe.data_config,
+        size=decoded.size,
+        box=decoded.box,
+        turn=decoded.turn,
+    )
     digest = image_digest(data)
     return Crop(
         pixels,

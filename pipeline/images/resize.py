@@ -9,20 +9,20 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from pipeline.errors import SettingsError
-from pipeline.images.strips import resize_strip
+from pipeline.images.resample import Axis, find_kernel, resize_part
+from pipeline.images.turns import TURNS, Pixels, make_upright, measure
 
-_FILTERS = {
+FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
 }
 _MIN_IMAGE_SIZE = 32  # the coarsest feature map has one step per 32 pixels
 _MAX_ASPECT_RATIO = 16
 
-Pixels = npt.NDArray[np.uint8]
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +50,9 @@ class DataConfig:
             )
         if not 0 < self.crop_pct <= 1:
             raise SettingsError(f"crop_pct is {self.crop_pct}; it must be above 0 and up to 1")
-        if self.interpolation not in _FILTERS:
+        if self.interpolation not in FILTERS:
             raise SettingsError(
-                f"interpolation is {self.interpolation!r}; use one of {', '.join(_FILTERS)}"
+                f"interpolation is {self.interpolation!r}; use one of {', '.join(FILTERS)}"
             )
 
     @property
@@ -70,24 +70,27 @@ class DataConfig:
 
 
 def resize_and_crop(
-    image: Image.Image,
+    picture: Image.Image | Pixels,
     data_config: DataConfig,
     *,
     size: tuple[int, int] | None = None,
-    box: tuple[float, float, float, float] | None = None,
+    box: Box | None = None,
+    turn: int = 1,
 ) -> Pixels:
-    """Resize the short side, then cut the centre square.
+    """Turn a picture upright, resize its short side, then cut the centre square.
 
-    Memory and time are bounded by the picture and the crop: of long, thin pictures only the crop
-    is resized, to the same bits.
+    To Pillow's bits, in memory and time that are bounded by the picture and the crop: where the
+    compiled kernel is missing Pillow does it, but for long, thin pictures, whose whole resize
+    could fill the memory.
 
     Args:
-        image: RGB of any size.
+        picture: RGB of any size, uint8 (H, W, 3) if it is an array.
         data_config: Says the sizes and the filter.
-        size: Width and height of the whole picture, which the geometry follows; the image's own
-            unless its decoder has scaled it down.
-        box: Where the whole picture lies in such an image, in fractional pixels: left, top,
-            right, bottom.
+        size: Width and height of the whole picture once upright, which the geometry follows; the
+            picture's own unless its decoder has scaled it down.
+        box: Where the whole picture lies in such a picture once upright, in fractional pixels:
+            left, top, right, bottom.
+        turn: The EXIF orientation that turns it upright, 1 to 8.
 
     Returns:
         uint8 in [0, 255], RGB, (S, S, 3), height first.
@@ -95,15 +98,44 @@ def resize_and_crop(
     Raises:
         ValueError: The picture is not RGB.
     """
-    if image.mode != "RGB":
-        raise ValueError(f"the picture has mode {image.mode}; convert it to RGB first")
-    new_size, crop = locate_crop(size or image.size, data_config)
-    resample = _FILTERS[data_config.interpolation]
-    if box is None and max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
-        return resize_strip(image, new_size, box=crop, resample=resample)
-    if box is not None or image.size != new_size:
-        image = image.resize(new_size, resample, box)
-    return np.array(image.crop(crop))
+    if isinstance(picture, Image.Image) and picture.mode != "RGB":
+        raise ValueError(f"the picture has mode {picture.mode}; convert it to RGB first")
+    upright = TURNS[turn].turn_size(measure(picture))
+    resample = FILTERS[data_config.interpolation]
+    if find_kernel() is None and max(upright) <= _MAX_ASPECT_RATIO * min(upright):
+        new_size, crop = locate_crop(size or upright, data_config)
+        image = make_upright(picture, turn).resize(new_size, resample, box)
+        return np.array(image.crop(crop))
+    axes = find_axes(upright, data_config, size=size, box=box)
+    return resize_part(picture, axes, resample=resample, turn=TURNS[turn])
+
+
+def find_axes(
+    upright: tuple[int, int],
+    data_config: DataConfig,
+    *,
+    size: tuple[int, int] | None = None,
+    box: Box | None = None,
+) -> tuple[Axis, Axis]:
+    """Return how the width and the height of an upright picture become those of its crop.
+
+    ``size`` and ``box`` are those of ``resize_and_crop``.
+    """
+    new_size, crop = locate_crop(size or upright, data_config)
+    begins, ends = np.asarray(box or (0, 0, *upright), np.float32).reshape(2, 2)  # as Pillow
+    extents = ends - begins
+    across, down = (
+        Axis(
+            upright[i],
+            begin=float(begins[i]),
+            extent=float(extents[i]),
+            new_length=new_size[i],
+            first=crop[i],
+            count=data_config.image_size,
+        )
+        for i in range(2)
+    )
+    return across, down
 
 
 def locate_crop(

@@ -1,6 +1,7 @@
 """The wheel carries everything, installs, and its console scripts work without the checkout."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -17,7 +18,11 @@ WITHOUT_PATHS = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project's wheel, built from a copy without its untracked rest."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+def build_wheel(folder: Path, **variables: str) -> Path:
+    source, target = folder / "source", folder / "target"
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -30,9 +35,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
     build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", target, source]
-    subprocess.run([sys.executable, "-m", "pip", *build], check=True)
+    subprocess.run([sys.executable, "-m", "pip", *build], check=True, env=os.environ | variables)
     (path,) = target.glob("*.whl")
     return path
+
+
+def list_files(wheel: Path) -> set[str]:
+    names = zipfile.ZipFile(wheel).namelist()
+    return {name for name in names if ".dist-info/" not in name}
 
 
 @pytest.fixture(scope="module")
@@ -49,20 +59,28 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ).stdout.strip()
     Path(site, "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     install = ["install", "--quiet", "--no-deps", "--no-index", wheel]
-    subprocess.run([sys.executable, "-m", "pip", "--python", python, *install], check=True)
+    command = [sys.executable, "-m", "pip", "--python", python, *install]
+    subprocess.run(command, check=True, env=WITHOUT_PATHS)  # where the project would be found
     return folder
 
 
 def test_the_wheel_carries_code_pages_and_licence_and_nothing_else(wheel: Path) -> None:
-    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     sources = {
         str(path.relative_to(ROOT))
         for package in ("pipeline", "jobs")
         for path in (ROOT / package).rglob("*")
-        if path.is_file() and path.suffix != ".md" and "__pycache__" not in path.parts
+        if path.is_file() and path.suffix not in (".md", ".so") and "__pycache__" not in path.parts
     }
-    assert names == sources
-    assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
+    kernel = f"pipeline/images/_kernel{sysconfig.get_config_var('EXT_SUFFIX')}"
+    assert list_files(wheel) == sources | ({kernel} if shutil.which("cc") else set())
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_wheel_lacks_the_kernel_alone(wheel: Path, tmp_path: Path) -> None:
+    without = list_files(build_wheel(tmp_path, CC="/nonexistent/cc"))
+    assert {n for n in list_files(wheel) if not n.startswith("pipeline/images/_kernel")} == without
 
 
 @pytest.mark.parametrize("script", sorted(PROJECT["scripts"]))
