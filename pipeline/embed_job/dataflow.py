@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -68,7 +69,7 @@ def cluster(address: str | None) -> Iterator[None]:
     target = address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"include_dashboard": False} if target == "local" else {}
     try:
-        _knock_at(target)
+        check_reachable(target)
         with _mute_stderr():
             ray.init(address=target, log_to_driver=False, logging_level=logging.ERROR, **options)
     except OSError as error:
@@ -76,12 +77,41 @@ def cluster(address: str | None) -> Iterator[None]:
             f"no Ray cluster answers at {target!r} ({error}); check --ray-address or RAY_ADDRESS"
         ) from error
     try:
-        yield
+        with _last_words():
+            yield
     finally:
         ray.shutdown()
 
 
-def _knock_at(target: str) -> None:
+_LAST_WORDS = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+if not sys.stdin.buffer.read():
+    print(
+        "error: the run ended without a word of its own: Ray's node process (raylet) or its GCS",
+        "died, or the driver was killed; committed shards stay: look at the memory and the disk of",
+        "this machine and at Ray's logs, then run again",
+        file=sys.stderr,
+    )
+"""
+
+
+@contextmanager
+def _last_words() -> Iterator[None]:
+    """Say why a run vanished: Ray's library ends the process at once when its raylet or GCS dies.
+
+    Nothing of this process runs then, so a child waits for the pipe from it to close.
+    """
+    command = [sys.executable, "-I", "-S", "-c", _LAST_WORDS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        try:
+            yield
+        finally:
+            child.stdin.write(b"ended")
+
+
+def check_reachable(target: str) -> None:
     """Raise an ``OSError`` when nobody listens there: Ray would try for minutes."""
     host, _, port = target.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -105,6 +106,29 @@ def test_killed_decode_processes_are_replaced(trial: int, undisturbed, fault_tab
     assert report.failed_shards == {}
     fault_table.check("decode processes: SIGKILL, four times", output, undisturbed.rows)
     assert kill_decoders() == 0  # they end with their actors
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_a_run_whose_ray_dies_says_so_and_loses_nothing(
+    name: str, undisturbed, fault_table, tmp_path: Path
+):
+    """Ray's library ends the driver at once, without an exception that it could explain."""
+    output = tmp_path / "out"
+    config = replace(undisturbed.config, output=str(output))
+    with start_job(config, tmp_path, RAY_ADDRESS="") as job:
+        wait_until(
+            lambda: count_files(output, "parts") or job.process.poll() is not None, timeout_s=240.0
+        )
+        daemons = list(list_descendants(job.process.pid))
+        (daemon,) = [pid for pid in daemons if Path(read_command(pid).split("\0")[0]).name == name]
+        os.kill(daemon, signal.SIGKILL)
+        assert job.wait(300.0) == 1
+        said = job.log.read_text()
+    assert re.search(r"error: (the run ended without a word|Ray gave up)", said), said
+    assert "then run again" in said
+    embed(config)
+    fault_table.check(f"{name}: SIGKILL, then run again", output, undisturbed.rows)
 
 
 def test_a_read_worker_killed_in_the_middle_of_a_shard_is_replaced(
