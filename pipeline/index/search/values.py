@@ -142,13 +142,13 @@ def _read_boolean(value: object) -> bool:
 def _read_number(value: object) -> Decimal:
     if isinstance(value, bool) or not isinstance(value, (int, float, Decimal, str)):
         raise ValueError(f"{value!r} is no number")
-    if isinstance(value, float):
-        return Decimal(repr(value))  # what was written, where the exact value is longer
-    if isinstance(value, str):
-        value = value.strip()
-        if not _NUMBER.fullmatch(value):
-            raise ValueError("it is no number")
-    return Decimal(value)
+    if isinstance(value, int):
+        return Decimal(value)
+    # Of a float what was written, not the longer decimal that it is.
+    text = repr(value) if isinstance(value, float) else str(value).strip()
+    if not _NUMBER.fullmatch(text):
+        raise ValueError("it is no number")
+    return Decimal(text)
 
 
 def _fit_units(

@@ -105,6 +105,7 @@ class _Compiler:
     """Walks one filter; counts its conditions on the way."""
 
     def __init__(self, schema: pa.Schema) -> None:
+        self._schema = schema
         self._kinds = {field.name: field.type for field in schema if is_filterable(field.type)}
         self._conditions = 0
 
@@ -116,11 +117,13 @@ class _Compiler:
         parts = [self._compile_entry(key, value, depth) for key, value in node.items()]
         return _join(parts, "and")
 
-    def _compile_entry(self, key: str, value: object, depth: int) -> pc.Expression:
+    def _compile_entry(self, key: object, value: object, depth: int) -> pc.Expression:
+        if not isinstance(key, str):
+            raise QueryError(f"{_shorten(key)} is no name of a column")
         if key == "$not":
             return ~self.compile(value, depth + 1)
         if key in ("$and", "$or"):
-            if not isinstance(value, list) or not value:
+            if not isinstance(value, (list, tuple)) or not value:
                 raise QueryError(f"{key} takes a list of filters, not {_shorten(value)}")
             return _join([self.compile(part, depth + 1) for part in value], key[1:])
         if key.startswith("$"):
@@ -138,6 +141,9 @@ class _Compiler:
         return _join([column.compile(op, v) for op, v in conditions.items()], "and")
 
     def _find_column(self, name: str) -> "_Column":
+        if name not in self._kinds and name in self._schema.names:
+            kind = self._schema.field(name).type
+            raise QueryError(f"no column {name!r} to filter by; it holds {kind}")
         if name not in self._kinds:
             near = difflib.get_close_matches(name, self._kinds, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(self._kinds)}"

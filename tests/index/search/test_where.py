@@ -15,6 +15,7 @@ from pipeline.errors import QueryError
 from pipeline.index.search.values import read_literal
 from pipeline.index.search.where import (
     MAX_DEPTH,
+    OPERATORS,
     compile_where,
     is_filterable,
     parse_where,
@@ -117,7 +118,8 @@ def test_and_binds_tighter_than_or():
         ({"cls": {}}, "condition on 'cls' is empty"),
         ({"clss": "hat"}, "did you mean 'cls'"),
         ({"zzz": 1}, "there are: key, cls, width, price, sold, taken, and, at, opens, lasts"),
-        ({"tags": "x"}, "no column 'tags'"),
+        ({"tags": "x"}, "no column 'tags' to filter by; it holds list"),
+        ({5: "x"}, "5 is no name of a column"),
         ({"cls": {"$like": "x"}}, "'$like' is no operator"),
         ({"$where": "1"}, "$where is no operator here"),
         ({"$or": {}}, "$or takes a list"),
@@ -337,6 +339,28 @@ def test_a_filter_with_another_value_is_another_filter(name, data):
     assert kept[0] == kept[1] or serialise_where(filters[0]) != serialise_where(filters[1])
     for where, rows in zip(filters, kept, strict=True):
         assert keep_rows(table, pickle.loads(serialise_where(where))) == rows
+
+
+WORDS = [*"()<>=!~^,", "'", '"', "and", "or", "not", "in", "is", "null", "cls", "width", "taken"]
+KEYS = st.sampled_from([*TABLE.column_names, *OPERATORS, "$and", "$or", "$not", "$", ""])
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=400)
+@given(
+    st.lists(st.sampled_from(WORDS) | st.text(max_size=3), max_size=12).map(" ".join)
+    | st.dictionaries(KEYS, ANY_JSON, min_size=1, max_size=3)
+)
+def test_a_filter_is_refused_or_answered_whatever_it_is(where):
+    try:
+        compiled = compile_where(where, TABLE.schema)
+    except QueryError:
+        return
+    keep_rows(TABLE, compiled)
 
 
 def test_bytes_lists_and_intervals_are_no_columns_to_filter_by():

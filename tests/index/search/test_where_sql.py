@@ -7,10 +7,12 @@ import random
 from decimal import Decimal
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
 
+from pipeline.errors import QueryError
 from pipeline.index.search.where import compile_where
 
 ROWS = 120
@@ -248,6 +250,35 @@ def compare(seed: int, number: int) -> list[str]:
                 if ask_arrow(table, where) != expected:
                     differing.append(f"{where} against {sql}")
     return differing
+
+
+ODD = [
+    *("1e999999", "-1e999999", "1e-999999", "٣", "nan", "-nan", "inf", "+.5", "5.", ".", "", "  "),
+    *(
+        "0001-01-01T00:00:00+14:00",
+        "9999-12-31T23:59:59.999999999",
+        "2024-02-30",
+        "24:00",
+        "x" * 500,
+    ),
+    *("PT" + "9" * 40 + "S", "-P1D", "P", "1" * 400, "0." + "1" * 400, "\0", "\ud800", "1_0"),
+    *(10**400, -(10**400), 1e308, 5e-324, math.nan, -math.inf, True, None, [], {}, b"x"),
+    *(datetime.date.max, datetime.datetime.max, datetime.datetime.min, datetime.timedelta.max),
+    *(datetime.time.max, Decimal("NaN"), Decimal("sNaN"), Decimal("1e1000000"), np.int8(-1)),
+    *(np.float16(1), np.bool_(True), np.datetime64("2024-01-01"), np.timedelta64(5, "s")),
+]
+
+
+@pytest.mark.parametrize("operator", ["$eq", "$gt", "$contains"])
+def test_an_odd_value_is_refused_or_compared_whatever_the_column(operator):
+    table = make_table(0).slice(0, 8)
+    for column in table.column_names:
+        for value in ODD:
+            try:
+                compiled = compile_where({column: {operator: value}}, table.schema)
+            except QueryError:
+                continue
+            ds.dataset(table).scanner(columns={"found": compiled}).to_table()
 
 
 @pytest.mark.parametrize("seed", range(2))
