@@ -112,6 +112,9 @@ class EmbedConfig:
     """Longest CPU time, or time in waiting, to decode one image; then its row says unreadable."""
     max_failures: str | None = None
     """Stop the run when more images fail: a count (100) or a share (1%)."""
+    max_removed: float = 0.1
+    """Largest share of the inputs' committed rows that may leave because their source is no longer
+    listed; beyond that they stay, and the run fails when all else is done."""
     retry_failed: bool = False
     """Embed again the shards that have failed rows."""
     retry_failed_once: bool = False
@@ -146,6 +149,8 @@ class EmbedConfig:
                 raise SettingsError(f"{name} is {value}; it must be positive")
         if self.gpus_per_actor is not None and not self.gpus_per_actor >= 0:
             raise SettingsError(f"gpus_per_actor is {self.gpus_per_actor}; it must not be negative")
+        if not 0 <= self.max_removed <= 1:
+            raise SettingsError(f"max_removed is {self.max_removed}; use a share from 0 to 1")
         self._check_columns()
         for name in ("chunk_bytes", "max_image_bytes"):
             if parse_size(getattr(self, name), setting=name) < 1:

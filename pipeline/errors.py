@@ -36,6 +36,10 @@ class ShardError(SettingsError):
     """One shard does not fit the settings or the output; it is left out, all others are done."""
 
 
+class NoImagesError(AbortError):
+    """A shard is of a kind that has images, and has none: no column of them, no such member."""
+
+
 class UnknownBackboneError(SettingsError):
     """A backbone name that is not in the registry; the message names the nearest one."""
 
@@ -60,6 +64,10 @@ class TooManyFailuresError(AbortError):
     """More images failed than ``--max-failures`` allows."""
 
     exit_code = 3
+
+
+class RemovalError(AbortError):
+    """More committed rows have lost their source than ``--max-removed`` allows; they stay."""
 
 
 class LeaseError(AbortError):

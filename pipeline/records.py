@@ -267,10 +267,12 @@ class Chunk:
     Attributes:
         shard_id: The shard.
         index: Position among the shard's chunks, from 0.
-        records: The records, in row order. Only a shard without any record has an empty chunk.
+        records: The records, in row order; none where the shard has none, or all are absent.
         last: True on the shard's final chunk, which closes the shard.
         notes: Counts that make no row, e.g. ``{"ignored_members": 2}``; of the whole shard, on
             its last chunk.
+        absent: Images of a bundle that could not be had: row and reason. They take a place in the
+            chunk but get no row of the output.
     """
 
     shard_id: str
@@ -278,6 +280,7 @@ class Chunk:
     records: Sequence[Record]
     last: bool
     notes: Mapping[str, int] = field(default_factory=dict)
+    absent: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

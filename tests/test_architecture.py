@@ -265,6 +265,7 @@ EMBED_FLAGS = [
     "max-image-bytes",
     "image-timeout-s",
     "max-failures",
+    "max-removed",
     "retry-failed",
     "retry-failed-once",
     "verify",

@@ -19,7 +19,7 @@ from pipeline.embed_job.metrics import ActorMetrics, LoadSample
 from pipeline.embed_job.prepare import make_read_options
 from pipeline.embed_job.resources import Resources
 from pipeline.embed_job.wire import FailedShard, Load, Receipt, pack_receipts, unpack_loads
-from pipeline.errors import AbortError, AccessError, SettingsError, ShardError, StorageError
+from pipeline.errors import AbortError, CredentialsError, SettingsError, StorageError
 from pipeline.images.buffers import SharedBuffers
 from pipeline.images.decode import ImageLimits
 from pipeline.images.host import Crop
@@ -167,6 +167,7 @@ class EmbedActor:
                 seconds=seconds,
                 notes=dict(chunk.notes),
                 batch_size=self._embedder.batch_size,
+                absent=chunk.absent,
             )
 
     def _write(
@@ -199,11 +200,10 @@ def _add_times(receipts: list[Receipt], idle_s: float, load_s: float) -> list[Re
 
 
 def _describe_failed(failed: FailedShard) -> Receipt:
-    """Storage may still give other shards; wrong settings or credentials concern them all."""
-    error = failed.error
-    if isinstance(error, (StorageError, ShardError)) and not isinstance(error, AccessError):
-        return Receipt(failed.shard_id, -1, True, error=str(error))
-    return Receipt(failed.shard_id, -1, True, fatal=error)
+    """Credentials that are lost concern all shards; any other fault may be of this one alone."""
+    if isinstance(failed.error, CredentialsError):
+        return Receipt(failed.shard_id, -1, True, fatal=failed.error)
+    return Receipt(failed.shard_id, -1, True, error=failed.error)
 
 
 def _check_device(config: EmbedConfig, device: str) -> None:

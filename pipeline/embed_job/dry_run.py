@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from pipeline.config import EmbedConfig
 from pipeline.embed_job import dataflow
 from pipeline.embed_job.actors import FlowSettings, make_flow_settings
-from pipeline.embed_job.plan import Plan, count_shards, list_again, plan_shards
+from pipeline.embed_job.plan import Plan, count_shards, guard_removal, list_again, plan_shards
+from pipeline.errors import SettingsError, StorageError
 from pipeline.input.listing import Listing
 from pipeline.input.reader import read_chunks
 from pipeline.log import LOG
@@ -60,7 +62,8 @@ def estimate_run(
 ) -> DryRunReport:
     """Plan without doing, and time one actor on a sample; writes nothing."""
     commits = list_commits(config.output, storage)
-    plan = plan_shards(
+    make_plan = partial(
+        plan_shards,
         listing,
         space_id=info.space.id,
         layout=info.layout,
@@ -68,6 +71,7 @@ def estimate_run(
         retired=list_retired(config.output, storage),
         again=list_again(config, commits),
     )
+    plan = guard_removal(make_plan, max_removed=config.max_removed)
     report = DryRunReport(
         output=config.output,
         space_id=info.space.id,
@@ -121,7 +125,11 @@ def _spread(shards: Sequence[Shard]) -> list[Shard]:
 
 def _sample_shard(shard: Shard, settings: FlowSettings) -> list[Record]:
     options = replace(settings.read, chunk_images=_SAMPLE_IMAGES)
-    chunk = next(read_chunks(shard, storage=settings.storage, options=options))
+    try:
+        chunk = next(read_chunks(shard, storage=settings.storage, options=options))
+    except (SettingsError, StorageError) as error:  # a run would name it and do the others
+        LOG.warning("dry run cannot read source=%s error=%s", shard.source, error)
+        return []
     return [record for record in chunk.records if record.status == "ok"]
 
 

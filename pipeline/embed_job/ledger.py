@@ -16,6 +16,8 @@ class OpenShard:
         num_chunks: How many there are; None until the last one's receipt is in.
         num_records: Records that were read so far.
         notes: What was noticed while the shard was read, by kind.
+        absent: Images that could not be had, by row, with the reasons.
+        kept: Older rows that stand in for absent images, as a part of their own.
     """
 
     def __init__(self, shard: Shard) -> None:
@@ -24,11 +26,14 @@ class OpenShard:
         self.num_chunks: int | None = None
         self.num_records = 0
         self.notes: dict[str, int] = {}
+        self.absent: dict[int, str] = {}
+        self.kept: PartInfo | None = None
 
     def add(self, receipt: Receipt) -> bool:
         """Take a receipt in; return whether the parts now tile the shard."""
         self.parts[receipt.chunk] = receipt.part
         self.num_records += receipt.num_records
+        self.absent |= dict(receipt.absent)
         if receipt.last:
             self.num_chunks = receipt.chunk + 1
             self.notes = receipt.notes
@@ -41,7 +46,7 @@ class OpenShard:
             CorruptionError: Its parts do not hold one row for each record that was read.
         """
         shard = self.shard
-        parts = (self.parts[chunk] for chunk in range(len(self.parts)))
+        parts = [*(self.parts[chunk] for chunk in range(len(self.parts))), self.kept]
         commit = Commit(
             shard_id=shard.id,
             kind=shard.kind,
@@ -60,9 +65,10 @@ class OpenShard:
             committed_s=time.time(),
             modified_s=shard.modified_s,
         )
-        if commit.rows != self.num_records:
+        expected = self.num_records + (self.kept.rows if self.kept else 0)
+        if commit.rows != expected:
             raise CorruptionError(
-                f"{shard.source}: {self.num_records} records were read but {commit.rows} rows "
+                f"{shard.source}: {expected} records were read but {commit.rows} rows "
                 "written; the shard is not committed; this is a defect, please report it"
             )
         return commit

@@ -1,11 +1,11 @@
 """Compares a listing with the commits: what to embed, carry over, restore and remove. Pure."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.config import EmbedConfig
 from pipeline.errors import SettingsError
-from pipeline.input.listing import Listing, Source, make_object_shard
+from pipeline.input.listing import Listing, Source, list_parents, make_object_shard
 from pipeline.records import (
     Commit,
     Layout,
@@ -13,6 +13,12 @@ from pipeline.records import (
     Shard,
     digest_json,
 )
+
+IsGone = Callable[[str, str], bool]
+"""Takes the input that a committed object was found under, and its URI."""
+
+_ALWAYS_REMOVABLE = 16
+"""Rows that may leave whatever share they are: small folders are tidied up by hand."""
 
 BUNDLE_IMAGES = 1024
 BUNDLE_BYTES = 256 * 2**20
@@ -29,6 +35,9 @@ class Plan:
         removed: Commits whose source is gone.
         listed_bytes: Size of everything listed.
         ignored: Number of objects that are neither shards nor images.
+        removed_rows: Rows that leave because their source is gone, of bundles too.
+        covered_rows: Committed rows whose sources the inputs would list.
+        withheld_rows: Rows whose source is gone and that stay all the same; see ``guard_removal``.
     """
 
     embed: tuple[Shard, ...]
@@ -37,6 +46,9 @@ class Plan:
     removed: tuple[Commit, ...]
     listed_bytes: int = 0
     ignored: int = 0
+    removed_rows: int = 0
+    covered_rows: int = 0
+    withheld_rows: int = 0
 
 
 def list_again(config: EmbedConfig, commits: Mapping[str, Commit]) -> frozenset[str]:
@@ -51,8 +63,8 @@ def list_again(config: EmbedConfig, commits: Mapping[str, Commit]) -> frozenset[
 
 
 def _was_retried(commit: Commit) -> bool:
-    # Parts of a shard that is embedded once more go to a folder of their own.
-    return not all(part.path.startswith(f"parts/{commit.shard_id}/") for part in commit.parts)
+    # Parts of a shard that is embedded once more go to a folder of their own, "<id>.<sequence>".
+    return any("." in part.path.split("/")[1] for part in commit.parts)
 
 
 def count_shards(plan: Plan) -> dict[str, int]:
@@ -66,6 +78,11 @@ def count_shards(plan: Plan) -> dict[str, int]:
     }
 
 
+def list_chunking(space_id: str, layout: Layout) -> list[object]:
+    """Return what decides a shard's identity besides its source."""
+    return [space_id, layout.chunk_images, layout.chunk_bytes]
+
+
 def plan_shards(
     listing: Listing,
     *,
@@ -75,6 +92,7 @@ def plan_shards(
     retired: Mapping[str, Commit],
     again: frozenset[str] = frozenset(),
     sequence: int = 1,
+    keep_missing: bool = False,
 ) -> Plan:
     """Compare the listing with the commits.
 
@@ -89,14 +107,16 @@ def plan_shards(
         again: Ids of committed shards to embed once more (``--retry-failed``).
         sequence: Number of this run; names the parts of the shards in ``again``, so that their
             committed parts stay untouched until the new commit replaces the old one.
+        keep_missing: Leave the rows alone whose source is no longer listed.
 
     Raises:
         SettingsError: A new object would get keys that a committed one of another input has.
     """
-    chunking = [space_id, layout.chunk_images, layout.chunk_bytes]
+    chunking = list_chunking(space_id, layout)
     objects = [s for s in listing.sources if s.kind != "image"]
     wanted = [make_object_shard(source, chunking=chunking) for source in objects]
-    bundles, kept = _plan_bundles(listing, commits, chunking, again)
+    is_gone = _judge_absence(listing, keep_missing=keep_missing)
+    bundles, kept = _plan_bundles(listing, commits, chunking, again, is_gone)
     wanted += bundles
     here = {shard.id for shard in wanted} | kept
     superseded = _find_superseded(wanted, commits)
@@ -114,7 +134,7 @@ def plan_shards(
     removed = [
         commit
         for shard_id, commit in commits.items()
-        if shard_id not in here | leaving and _covers(listing.roots, commit.root, commit.source)
+        if shard_id not in here | leaving and is_gone(commit.root, commit.source)
     ]
     leaving |= {commit.shard_id for commit in removed} | {shard.id for shard in embed}
     carried = [commit for shard_id, commit in commits.items() if shard_id not in leaving]
@@ -126,6 +146,35 @@ def plan_shards(
         removed=tuple(removed),
         listed_bytes=sum(max(0, source.info.size_bytes) for source in listing.sources),
         ignored=listing.ignored,
+        removed_rows=sum(c.rows for c in removed) + _count_dropped(bundles, commits),
+        covered_rows=sum(
+            c.rows for c in commits.values() if covers(listing.roots, c.root, c.source)
+        ),
+    )
+
+
+def guard_removal(make_plan: Callable[..., Plan], *, max_removed: float) -> Plan:
+    """Return a plan that removes no more than a share of the committed rows, or else none.
+
+    A mount that is gone, a prefix that another program is about to write again or a subfolder
+    that was renamed looks like so many deletions. What is embedded, changed or brought back does
+    not depend on it, and is planned either way.
+
+    Args:
+        make_plan: Makes the plan; takes ``keep_missing``.
+        max_removed: Largest share of the rows that the inputs cover. A few rows may always leave.
+    """
+    plan = make_plan(keep_missing=False)
+    if plan.removed_rows <= max(_ALWAYS_REMOVABLE, max_removed * plan.covered_rows):
+        return plan
+    return replace(make_plan(keep_missing=True), withheld_rows=plan.removed_rows)
+
+
+def _count_dropped(bundles: Sequence[Shard], commits: Mapping[str, Commit]) -> int:
+    return sum(
+        len(commits[old].members) - len(shard.members)
+        for shard in bundles
+        for old in shard.supersedes
     )
 
 
@@ -134,6 +183,7 @@ def _plan_bundles(
     commits: Mapping[str, Commit],
     chunking: Sequence[object],
     again: frozenset[str],
+    is_gone: IsGone,
 ) -> tuple[list[Shard], set[str]]:
     """Cut loose images into bundles; return the new ones, and the ids of those that still hold.
 
@@ -150,12 +200,12 @@ def _plan_bundles(
         if commit.kind != "bundle":
             continue
         listed = {m.uri: loose.pop(m.uri) for m in commit.members if m.uri in loose}
-        members = _renew_members(commit, listed, listing.roots)
+        members = _renew_members(commit, listed, is_gone)
         if members == commit.members and not (listed and shard_id in again):
             kept.add(shard_id)
         elif members:
             times = [commit.modified_s, *(source.info.modified_s for source in listed.values())]
-            shard = _make_bundle(members, commit.root, chunking, times=times)
+            shard = make_bundle(members, commit.root, chunking, times=times)
             old = () if shard.id == shard_id else (shard_id,)
             shards.append(replace(shard, supersedes=old))
     for root in listing.roots:
@@ -165,7 +215,7 @@ def _plan_bundles(
 
 
 def _renew_members(
-    commit: Commit, listed: Mapping[str, Source], roots: Sequence[str]
+    commit: Commit, listed: Mapping[str, Source], is_gone: IsGone
 ) -> tuple[Member, ...]:
     """Return the images of a committed bundle as they are now, without those that are gone."""
     members = []
@@ -173,12 +223,29 @@ def _renew_members(
         if member.uri in listed:
             info = listed[member.uri].info
             members.append(replace(member, size_bytes=info.size_bytes, version=info.version))
-        elif not _covers(roots, commit.root, member.uri):
+        elif not is_gone(commit.root, member.uri):
             members.append(member)
     return tuple(members)
 
 
-def _covers(roots: Sequence[str], root: str, uri: str) -> bool:
+def _judge_absence(listing: Listing, *, keep_missing: bool) -> IsGone:
+    """Return what tells that an object which is not among the sources is really gone.
+
+    One that no input covers is not, nor one that the listing could not look at, by itself or
+    with the folder that it lies in: its rows stay.
+    """
+    if keep_missing:
+        return lambda _root, _uri: False
+    failed = {entry.uri for entry in listing.failed}
+
+    def is_gone(root: str, uri: str) -> bool:
+        hidden = failed and (uri in failed or any(map(failed.__contains__, list_parents(uri))))
+        return not hidden and covers(listing.roots, root, uri)
+
+    return is_gone
+
+
+def covers(roots: Sequence[str], root: str, uri: str) -> bool:
     """Tell whether inputs would list an object of another input ``root`` if it were there."""
     return root in roots or any(uri == r or uri.startswith(f"{r.rstrip('/')}/") for r in roots)
 
@@ -202,16 +269,17 @@ def _bundle_sources(sources: Sequence[Source], chunking: Sequence[object]) -> Sh
         for source in sources
     ]
     times = [source.info.modified_s for source in sources]
-    return _make_bundle(members, sources[0].root, chunking, times=times)
+    return make_bundle(members, sources[0].root, chunking, times=times)
 
 
-def _make_bundle(
+def make_bundle(
     members: Sequence[Member],
     root: str,
     chunking: Sequence[object],
     *,
     times: Iterable[float | None],
 ) -> Shard:
+    """Return the bundle that loose images make; its id follows from what they are, in order."""
     version = digest_json([[member.uri, member.version] for member in members])
     return Shard(
         id=digest_json([members[0].uri, version, *chunking]),

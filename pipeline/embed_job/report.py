@@ -18,7 +18,9 @@ from rich.progress import (
 )
 
 from pipeline.embed_job.efficiency import Efficiency
+from pipeline.embed_job.objects import ObjectCounts
 from pipeline.errors import CorruptionError, TooManyFailuresError
+from pipeline.input.listing import SetAside
 from pipeline.log import LOG
 from pipeline.records import describe_job
 
@@ -81,6 +83,9 @@ class EmbedReport:
         actors: Number and kind of embedder actors.
         batch_size: Smallest batch size that was in use; smaller than asked after memory ran out.
         failed_shards: Shards that could not be read, with the reason; they are not committed.
+        objects: What became of everything that was listed.
+        set_aside: What is not read: by reason, how many objects, and the URIs of the first.
+        failed_objects: The first objects that could not be listed or read, with the reason.
         newest_image_s: Time of the newest source behind the live rows, in seconds since 1970.
         timeline: Rows written by then, at some moments: (seconds since the first shard was sent,
             rows).
@@ -105,6 +110,9 @@ class EmbedReport:
     actors: Mapping[str, float] = field(default_factory=dict)
     batch_size: int = 0
     failed_shards: Mapping[str, str] = field(default_factory=dict)
+    objects: ObjectCounts = field(default_factory=ObjectCounts)
+    set_aside: Mapping[str, SetAside] = field(default_factory=dict)
+    failed_objects: Mapping[str, str] = field(default_factory=dict)
     newest_image_s: float | None = None
     timeline: Sequence[tuple[float, int]] = ()
 

@@ -4,21 +4,38 @@ import json
 import math
 import time
 import uuid
+from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
+from itertools import islice
 
 from pipeline.backbones import find_backbone
 from pipeline.config import EmbedConfig, parse_failure_limit
 from pipeline.embed_job import dataflow
+from pipeline.embed_job.absence import keep_rows, rename_bundle, settle_members
 from pipeline.embed_job.actors import FlowSettings, make_flow_settings
 from pipeline.embed_job.dry_run import DryRunReport, estimate_run
 from pipeline.embed_job.efficiency import judge_run
 from pipeline.embed_job.lease import Lease
 from pipeline.embed_job.ledger import OpenShard
 from pipeline.embed_job.metrics import DriverMetrics
-from pipeline.embed_job.plan import Plan, count_shards, list_again, plan_shards
+from pipeline.embed_job.objects import (
+    MAX_FAILED_SHOWN,
+    account_objects,
+    check_images_found,
+    describe_objects,
+)
+from pipeline.embed_job.plan import (
+    Plan,
+    count_shards,
+    guard_removal,
+    list_again,
+    list_chunking,
+    plan_shards,
+)
 from pipeline.embed_job.prepare import (
     complete_output,
     describe_columns,
@@ -35,7 +52,14 @@ from pipeline.embed_job.report import (
 from pipeline.embed_job.report_page import render_report, sample_failures
 from pipeline.embed_job.resources import Resources
 from pipeline.embed_job.wire import Receipt
-from pipeline.errors import CorruptionError, SettingsError, StorageError, TooManyFailuresError
+from pipeline.errors import (
+    AbortError,
+    CorruptionError,
+    RemovalError,
+    SettingsError,
+    StorageError,
+    TooManyFailuresError,
+)
 from pipeline.input.listing import Listing, list_sources
 from pipeline.log import LOG
 from pipeline.output.commits import (
@@ -51,7 +75,7 @@ from pipeline.output.commits import (
 )
 from pipeline.output.info import OutputInfo
 from pipeline.output.verify import VerifyReport, verify_output
-from pipeline.records import Commit, Shard, count_statuses
+from pipeline.records import Commit, PartInfo, Shard, count_statuses
 from pipeline.storage import Storage, join_uri, normalise_uri
 
 _COMMIT_THREADS = 16
@@ -83,7 +107,8 @@ def embed(
         return _verify(config, storage)
     find_backbone(config.model)  # a misspelt name needs no listing to be found
     listing_started_s = time.perf_counter()
-    listing = list_sources(config.input, config.input_kind, storage)
+    known = partial(_list_known_images, config.output, storage)
+    listing = list_sources(config.input, config.input_kind, storage, known=known)
     list_s = time.perf_counter() - listing_started_s
     _refuse_overlap(config.output, listing)
     info, weights = describe_output(config, storage)
@@ -95,6 +120,12 @@ def embed(
         claimed = make_output(config, info, weights, storage)
         run = _Run(config, run_id, started_s, claimed, lease)
         return run.execute(listing, list_s=list_s, stand_in=stand_in)
+
+
+def _list_known_images(output: str, storage: Storage) -> frozenset[tuple[str, str]]:
+    """Return URI and version of the loose images that are committed."""
+    commits = list_commits(output, storage).values()
+    return frozenset((m.uri, m.version) for commit in commits for m in commit.members)
 
 
 def _refuse_overlap(output: str, listing: Listing) -> None:
@@ -134,9 +165,12 @@ class _Run:
         self._counters = Counters()
         self._sequence = 1
         self._committed: dict[str, Commit] = {}
-        self._failed_shards: dict[str, str] = {}
+        self._failed: dict[str, tuple[Shard, AbortError]] = {}
+        self._unmended: dict[str, str] = {}
+        self._absent: dict[str, str] = {}
         self._before: Mapping[str, Commit] = {}
         self._damaged: Mapping[str, str] = {}
+        self._kept: list[PartInfo] = []
         self._resources = Resources(0, 0.0, 0.0)
         self._embed_started_s = self._embed_ended_s = started_s
 
@@ -151,14 +185,17 @@ class _Run:
             try:
                 self._embed_shards(plan.embed)
             except TooManyFailuresError as error:  # the report says which, and counts what is done
-                error.report = self._finish(plan, commits)
+                error.report = self._finish(plan, commits, listing, stopped=True)
                 raise
         if self._config.prune:
             pruned = prune_output(self._config.output, self._storage, check=self._lease.check)
             LOG.info("pruned files=%d", pruned)
-        report = self._finish(plan, commits)
-        if self._failed_shards:
-            raise _describe_failed_shards(report)
+        report = self._finish(plan, commits, listing)
+        if report.failed_objects or report.failed_shards:
+            raise self._explain_failures(report)
+        if plan.withheld_rows:
+            raise _explain_withheld(plan, report)
+        check_images_found(listing, list_commits(self._config.output, self._storage).values())
         return report
 
     def _plan(self, listing: Listing) -> tuple[Plan, Mapping[str, Commit]]:
@@ -176,7 +213,8 @@ class _Run:
                 LOG.warning("damaged run=%s %s; its shard is embedded again", self._run_id, problem)
         self._damaged = {key: damaged[key] for key in damaged if key in commits}
         self._before = commits
-        plan = plan_shards(
+        make_plan = partial(
+            plan_shards,
             listing,
             space_id=self._info.space.id,
             layout=self._info.layout,
@@ -185,9 +223,13 @@ class _Run:
             again=list_again(self._config, commits) | self._damaged.keys(),
             sequence=self._sequence,
         )
+        plan = guard_removal(make_plan, max_removed=self._config.max_removed)
+        if plan.withheld_rows:
+            rows = (plan.withheld_rows, plan.covered_rows)
+            LOG.warning("removal withheld run=%s rows=%d of=%d", self._run_id, *rows)
         left = {commit.shard_id for commit in plan.carried} & self._damaged.keys()
-        for shard_id in left:  # of an input that this run was not given
-            self._failed_shards[shard_id] = f"{commits[shard_id].source}: {damaged[shard_id]}"
+        for shard_id in left:  # of an input that this run was not given, or whose source is gone
+            self._unmended[shard_id] = f"{commits[shard_id].source}: {damaged[shard_id]}"
         LOG.info(
             "plan run=%s shards_to_embed=%d carried_over=%d restored=%d removed=%d",
             self._run_id,
@@ -234,6 +276,7 @@ class _Run:
                     continue  # sent once more after a fault
                 if self._take(receipt, opened):
                     del open_shards[receipt.shard_id]
+                    self._failed.pop(receipt.shard_id, None)  # read after all, by a second try
                     pending.append(pool.submit(self._commit, opened))
                     metrics.count_commit()
                 pending = _drop_finished(pending)
@@ -248,7 +291,7 @@ class _Run:
                 )
             _ = [future.result() for future in pending]
         self._counters.check_limit(*limits, final=True)
-        if unfinished := set(open_shards) - set(self._failed_shards):
+        if unfinished := set(open_shards) - set(self._failed):
             raise CorruptionError(
                 f"{len(unfinished)} shards sent no final receipt, e.g. "
                 f"{open_shards[unfinished.pop()].shard.source}; run again"
@@ -264,7 +307,7 @@ class _Run:
     def _take(self, receipt: Receipt, opened: OpenShard) -> bool:
         """Book a receipt; return whether its shard is complete."""
         if receipt.error is not None:
-            self._failed_shards[receipt.shard_id] = f"{opened.shard.source}: {receipt.error}"
+            self._failed[receipt.shard_id] = (opened.shard, receipt.error)
             return False
         counters = self._counters
         counters.encoded_bytes += receipt.nbytes
@@ -279,6 +322,8 @@ class _Run:
 
     def _commit(self, opened: OpenShard) -> None:
         self._lease.check()  # it may have waited for its turn
+        if opened.absent and not self._settle(opened):
+            return
         commit = opened.make_commit(
             space_id=self._info.space.id, sequence=self._sequence, run_id=self._run_id
         )
@@ -295,6 +340,34 @@ class _Run:
         for shard_id in commit.supersedes:
             retire_commit(self._config.output, shard_id, self._storage)
 
+    def _settle(self, opened: OpenShard) -> bool:
+        """See to a bundle's absent images; return whether anything is left to commit."""
+        shard = opened.shard
+        self._absent.update((shard.members[row].uri, why) for row, why in opened.absent.items())
+        sound = self._before.keys() - self._damaged.keys()
+        older = [self._before[i] for i in (*shard.supersedes, shard.id) if i in sound]
+        members, kept = settle_members(shard, opened.absent, older)
+        before = {member for commit in older for member in commit.members}
+        if not opened.num_records or (set(members) == before and shard.id not in self._before):
+            return False  # nothing new: what was committed stays
+        if kept:
+            opened.kept = keep_rows(
+                self._config.output,
+                older,
+                kept,
+                shard=shard,
+                chunk=len(opened.parts),
+                info=self._info,
+                storage=self._storage,
+            )
+            self._kept.append(opened.kept)
+        chunking = list_chunking(self._info.space.id, self._info.layout)
+        opened.shard = rename_bundle(shard, members, chunking)
+        if shard.id in self._before and shard.id != opened.shard.id:
+            supersedes = (*shard.supersedes, shard.id)
+            opened.shard = replace(opened.shard, supersedes=supersedes)
+        return True
+
     def _count_removed(self, plan: Plan, before: Mapping[str, Commit]) -> int:
         """Count rows whose source is gone: of whole shards, and out of bundles that live on."""
         shrunk = (
@@ -307,22 +380,34 @@ class _Run:
     def _count_images(
         self, plan: Plan, before: Mapping[str, Commit], live: Mapping[str, Commit]
     ) -> ImageCounts:
-        statuses = count_statuses(commit.statuses for commit in self._committed.values())
+        statuses = Counter(count_statuses(c.statuses for c in self._committed.values()))
+        statuses.subtract(count_statuses(part.statuses for part in self._kept))
         kept = [before[key] for key in before if key in live and key not in self._committed]
         restored = [commit for commit, _ in plan.restored]
         removed_rows = self._count_removed(plan, before)
         return ImageCounts(
             listed=sum(commit.rows for commit in live.values()) + removed_rows,
             embedded=statuses.get("ok", 0),
-            failed={status: n for status, n in statuses.items() if status != "ok"},
-            carried_over=sum(commit.rows for commit in [*kept, *restored]),
+            failed={status: n for status, n in statuses.items() if n and status != "ok"},
+            carried_over=sum(commit.rows for commit in [*kept, *restored])
+            + sum(part.rows for part in self._kept),
             removed=removed_rows,
         )
 
-    def _finish(self, plan: Plan, before: Mapping[str, Commit]) -> EmbedReport:
+    def _finish(
+        self,
+        plan: Plan,
+        before: Mapping[str, Commit],
+        listing: Listing,
+        *,
+        stopped: bool = False,
+    ) -> EmbedReport:
         """Balance the books against what the output holds now, and write the report."""
         self._embed_started_s = min(self._embed_started_s, self._embed_ended_s)
         live = list_commits(self._config.output, self._storage)
+        failed = self._list_failures()
+        objects, aside = account_objects(listing, live.values(), failed=failed, stopped=stopped)
+        failed |= {entry.uri: entry.reason for entry in listing.failed}
         images = self._count_images(plan, before, live)
         report = EmbedReport(
             run_id=self._run_id,
@@ -335,7 +420,7 @@ class _Run:
             startup_seconds=self._embed_started_s - self._started_s,
             images=images,
             shards=count_shards(plan)
-            | {"embedded": len(self._committed), "failed": len(self._failed_shards)},
+            | {"embedded": len(self._committed), "failed": len(self._failed) + len(self._unmended)},
             rows=count_statuses(commit.statuses for commit in live.values()),
             images_per_s=self._counters.rows
             / max(1e-9, self._embed_ended_s - self._embed_started_s),
@@ -350,14 +435,46 @@ class _Run:
             notes=dict(self._counters.notes),
             actors=asdict(self._resources),
             batch_size=self._counters.batch_size,
-            failed_shards=self._failed_shards,
+            failed_shards=self._unmended
+            | {
+                shard_id: f"{shard.source}: {error}"
+                for shard_id, (shard, error) in self._failed.items()
+            },
+            objects=objects,
+            set_aside=aside,
+            failed_objects=dict(islice(failed.items(), MAX_FAILED_SHOWN)),
             newest_image_s=max((c.modified_s or 0.0 for c in live.values()), default=0.0) or None,
             timeline=self._counters.timeline,
         )
         for line in describe_carried(report.notes, shards=len(self._committed)):
             LOG.warning(line)
         self._write_report(report)
+        LOG.info("done run=%s %s", self._run_id, describe_objects(objects, aside, report.notes))
         return report
+
+    def _list_failures(self) -> dict[str, str]:
+        """Return the sources that could not be read, by URI, with the reasons."""
+        return self._absent | {
+            uri: str(error)
+            for shard, error in self._failed.values()
+            for uri in ([member.uri for member in shard.members] or [shard.source])
+        }
+
+    def _explain_failures(self, report: EmbedReport) -> AbortError:
+        """Return what the run ends with: its own fault only where nothing could be read."""
+        error = next((error for _, error in self._failed.values()), None)
+        objects = report.objects
+        if error is None or objects.images + objects.shards:
+            named = [f"{uri}: {reason}" for uri, reason in report.failed_objects.items()]
+            first = [*named, *self._unmended.values()][0]
+            error = StorageError(
+                f"{objects.failed + len(self._unmended)} objects could not be read, the first: "
+                f"{first}; "
+                "everything else is done, and what was committed of them before stays: "
+                "mend that, and run again for the rest"
+            )
+        error.report = report
+        return error
 
     def _write_report(self, report: EmbedReport) -> None:
         base = join_uri(self._config.output, "runs", self._run_id)
@@ -376,11 +493,13 @@ def _drop_finished(pending: list[Future[None]]) -> list[Future[None]]:
     return [future for future in pending if not future.done()]
 
 
-def _describe_failed_shards(report: EmbedReport) -> StorageError:
-    first = next(iter(report.failed_shards.values()))
-    error = StorageError(
-        f"{len(report.failed_shards)} shards could not be read and are not committed, "
-        f"the first: {first}; all others are done, run again for the rest"
+def _explain_withheld(plan: Plan, report: EmbedReport) -> RemovalError:
+    share = plan.withheld_rows / max(1, plan.covered_rows)
+    error = RemovalError(
+        f"the sources of {plan.withheld_rows} of {plan.covered_rows} committed rows are no longer "
+        f"listed, more than --max-removed allows ({share:.1%}); these rows stay, all else is done. "
+        "Bring the sources back, or, if they are meant to be gone, run again with "
+        f"--max-removed {math.ceil(1000 * share) / 1000:g}"
     )
     error.report = report
     return error

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import AbortError
+from pipeline.errors import AbortError, StorageError
 from pipeline.input.container import ReadOptions
 from pipeline.input.reader import read_chunks
 from pipeline.records import Chunk, PartInfo, Record, Shard
@@ -88,10 +88,11 @@ class Receipt:
         seconds: Time by stage; of a whole load, with its first chunk.
         load_s: How long the load was in its actor; with its first chunk, 0 with the others.
         notes: The reader's counts, on the last chunk.
-        error: Why the shard could not be read; it stays uncommitted.
+        error: Why the shard could not be read: it stays uncommitted, and all others are done.
         fatal: Why the whole run has to stop. Sent rather than raised: what a worker raises, Ray
             wraps in exceptions of its own.
         batch_size: The embedder's batch size by then.
+        absent: Images of the chunk that could not be had: row and reason.
     """
 
     shard_id: str
@@ -103,9 +104,10 @@ class Receipt:
     seconds: dict[str, float] = field(default_factory=dict)
     load_s: float = 0.0
     notes: dict[str, int] = field(default_factory=dict)
-    error: str | None = None
+    error: AbortError | None = None
     fatal: AbortError | None = None
     batch_size: int = 0
+    absent: tuple[tuple[int, str], ...] = ()
 
 
 def bound_loads(
@@ -176,6 +178,10 @@ def _read_shards(
                 yield shard, chunk
         except AbortError as error:
             yield FailedShard(shard.id, error)
+        except (OSError, MemoryError) as error:  # this machine's: it says nothing of the shard
+            reason = f"cannot read {shard.source!r} here: {error or type(error).__name__}"
+            fault = StorageError(f"{reason}; look at the machine's memory and disks, run again")
+            yield FailedShard(shard.id, fault)
 
 
 def _pack_load(items: Sequence[tuple[Shard, Chunk] | FailedShard], read_s: float) -> pa.Table:

@@ -34,6 +34,10 @@ class ReadOptions:
     key_column: str | None = None
 
 
+ABSENT = "absent"
+"""Status of an image that is not to be had, now at least; it gets no row."""
+
+
 @dataclass(frozen=True, slots=True)
 class FoundImage:
     """One image of a container, in the container's order.
@@ -43,7 +47,7 @@ class FoundImage:
         data: The encoded image; empty where ``status`` is not ``"ok"``.
         offset: Where it starts in the stored object, bytes, if one ranged read can fetch it.
         carried: Carried columns that were found, as ``carried.to_values`` gives values.
-        status: ``"ok"`` as far as reading goes.
+        status: ``"ok"`` as far as reading goes, one of ``records.STATUSES``, or ``ABSENT``.
         error: The reason when it is not.
     """
 

@@ -7,7 +7,7 @@ from functools import partial
 import pyarrow as pa
 
 from pipeline.carried import choose_type, unite_types
-from pipeline.errors import SettingsError, StorageError
+from pipeline.errors import NoImagesError, SettingsError, StorageError
 from pipeline.input.container import BrokenContainerError, ReadOptions, suggest_name
 from pipeline.input.parquet import read_schema
 from pipeline.records import Shard
@@ -62,7 +62,7 @@ def _read_schema(shard: Shard, *, storage: Storage, options: ReadOptions) -> pa.
     try:
         with storage.open_random(shard.source, version=shard.version or None) as file:
             return read_schema(file, uri=shard.source, options=options)
-    except (BrokenContainerError, SettingsError, StorageError):
+    except (BrokenContainerError, NoImagesError, SettingsError, StorageError):
         return None
 
 

@@ -1,40 +1,47 @@
-"""Lists the inputs: which objects there are, and what each holds.
+"""Lists the inputs: which objects there are, what each holds, and what is left out and why.
 
-No shard is opened. The one exception is a list of URIs, which has to be read to know what it names.
+No shard is opened. Two things are read: a list of URIs, to know what it names, and the first bytes
+of objects whose names do not tell what they are.
 """
 
 import csv
 import io
 import posixpath
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import NoShardsError, ObjectMissingError, SettingsError
-from pipeline.records import ObjectInfo, Shard, ShardKind, digest_json
+from pipeline.errors import (
+    CorruptionError,
+    CredentialsError,
+    NoShardsError,
+    SettingsError,
+    StorageError,
+    UnreachableError,
+)
+from pipeline.input.kinds import (
+    HEAD_BYTES,
+    SUFFIXES,
+    has_suffix,
+    is_hidden,
+    recognise,
+    tell_kind,
+    tell_reason,
+)
+from pipeline.records import FailedObject, ObjectInfo, Shard, ShardKind, digest_json
 from pipeline.storage import Storage, normalise_uri
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-PARQUET_SUFFIXES = (".parquet", ".pq")
-LIST_SUFFIXES = (".txt", ".csv", ".tsv")
-
-
-# fmt: off
-IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif",
-    ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pam", ".tga", ".ico", ".icns", ".jp2", ".j2k",
-    ".jpx", ".j2c", ".avif", ".avifs", ".heic", ".heif", ".qoi", ".pcx", ".sgi", ".xbm", ".dds",
-    ".psd", ".hdr", ".exr", ".svg",
-)
-"""Names that make a loose object an image of the input; unreadable kinds become failed rows."""
+MAX_NAMES = 20
+"""Most names that are kept of what is set aside for one reason."""
 
 _THREADS = 32
 
 InputKind = Literal["auto", "tar", "parquet", "images", "list"]
+Known = Callable[[], Container[tuple[str, str]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,100 +62,259 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class SetAside:
+    """Objects that are not read, for one reason.
+
+    Attributes:
+        count: How many.
+        names: URIs of the first ``MAX_NAMES`` of them.
+    """
+
+    count: int
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Listing:
-    """Everything the inputs hold.
+    """Everything the inputs hold: each object is a source, set aside, or failed.
 
     Attributes:
         roots: The inputs as URIs.
         sources: What there is to embed, by name.
-        ignored: Number of objects that are neither shards nor images.
+        aside: What is not read, by reason.
+        failed: What cannot be looked at, or would get keys that others have.
+        listed: Number of objects that were listed.
+
+    Raises:
+        CorruptionError: An object is neither of the three.
     """
 
     roots: tuple[str, ...]
     sources: tuple[Source, ...]
-    ignored: int
+    aside: Mapping[str, SetAside] = field(default_factory=dict)
+    failed: tuple[FailedObject, ...] = ()
+    listed: int = -1
+
+    def __post_init__(self) -> None:
+        total = len(self.sources) + self.ignored + len(self.failed)
+        if self.listed not in (-1, total):
+            raise CorruptionError(
+                f"the listing does not add up: {self.listed} objects were listed, {total} are "
+                "accounted for; this is a defect, please report it"
+            )
+
+    @property
+    def ignored(self) -> int:
+        """Number of objects that are set aside."""
+        return sum(aside.count for aside in self.aside.values())
 
 
-def list_sources(inputs: Sequence[str], kind: InputKind, storage: Storage) -> Listing:
+@dataclass(slots=True)
+class _Found:
+    """What was found under the inputs so far, with the reasons for what is not read."""
+
+    sources: list[Source] = field(default_factory=list)
+    aside: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    listed: set[str] = field(default_factory=set)
+
+
+def list_sources(
+    inputs: Sequence[str], kind: InputKind, storage: Storage, *, known: Known = frozenset
+) -> Listing:
     """List the inputs.
 
     Args:
         inputs: Prefixes, folders, single objects, or lists of URIs.
-        kind: What they hold; ``"auto"`` decides by each object's name.
+        kind: What they hold; ``"auto"`` decides by each object's name, and by its first bytes
+            where the name does not tell.
         storage: How to reach them.
+        known: Returns (URI, version) of objects that are known to be images; asked only where
+            names do not tell.
 
     Raises:
         NoShardsError: An input holds nothing to embed.
         SettingsError: Two objects of different inputs would get the same keys.
+        StorageError: Nothing under an input can be looked at.
     """
     roots = tuple(dict.fromkeys(normalise_uri(text) for text in inputs))
-    sources: list[Source] = []
-    ignored = 0
+    found = _Found()
     for root in roots:
-        found, others = _list_root(root, kind, storage)
-        if not found:
-            raise NoShardsError(
-                f"no image shards under {root!r}"
-                + (f" ({others} objects of other kinds)" if others else "")
-                + "; check the prefix, or say what it holds with --input-kind"
-            )
-        sources += found
-        ignored += others
-    return Listing(roots, _merge_sources(sources), ignored)
+        own = _list_root(root, kind, storage, known)
+        if not own.sources:
+            raise _explain_nothing(root, own)
+        found.sources += own.sources
+        found.aside = own.aside | found.aside
+        found.failed = own.failed | found.failed
+        found.listed |= own.listed
+    return _close(roots, found)
 
 
-def _list_root(root: str, kind: InputKind, storage: Storage) -> tuple[list[Source], int]:
-    infos = [info for info in storage.list_objects(root) if info.size_bytes >= 0]
-    sources: list[Source] = []
-    ignored = 0
-    for info in infos:
-        found = _classify(info, kind, explicit=info.uri == root)
-        name = posixpath.basename(root) if info.uri == root else info.uri[len(root) :].lstrip("/")
-        if found == "list" and info.uri == root:
-            sources += _read_list(info, storage)
-        elif found in ("tar", "parquet", "image"):
-            sources.append(Source(found, root, name, info))  # type: ignore[arg-type]
-        else:
-            ignored += 1
-    return sources, ignored
+def _explain_nothing(root: str, found: _Found) -> SettingsError | StorageError:
+    if found.failed:
+        uri, reason = next(iter(found.failed.items()))
+        return StorageError(
+            f"nothing under {root!r} can be read: {len(found.failed)} objects fail, the first: "
+            f"{uri}: {reason}"
+        )
+    reasons = _group(found.aside)
+    others = ", ".join(f"{aside.count} {reason}" for reason, aside in reasons.items())
+    advice = "check the prefix, or say what it holds with --input-kind"
+    if set(reasons) == {"hidden"}:
+        advice = "to read what is hidden, give the hidden folder itself as --input"
+    return NoShardsError(
+        f"no image shards under {root!r}"
+        + (f" ({len(found.aside)} objects of other kinds: {others})" if others else "")
+        + f"; {advice}"
+    )
 
 
-def _classify(info: ObjectInfo, kind: InputKind, *, explicit: bool) -> str | None:
-    name = info.uri.lower()
-    if any(part.startswith((".", "_")) for part in (posixpath.basename(name),)) and not explicit:
-        return None  # _SUCCESS, ._x.jpg, .DS_Store: what other tools leave beside data
-    by_suffix = {
-        "tar": name.endswith(TAR_SUFFIXES),
-        "parquet": name.endswith(PARQUET_SUFFIXES),
-        "image": name.endswith(IMAGE_SUFFIXES),
-        "list": name.endswith(LIST_SUFFIXES),
+def _close(roots: tuple[str, ...], found: _Found) -> Listing:
+    """Count each object once, whichever inputs hold it: as a source if it is one for any."""
+    sources, clashes = _merge_sources(found.sources)
+    taken = {source.info.uri for source in sources} | set(clashes)
+    failed = {uri: why for uri, why in found.failed.items() if uri not in taken} | clashes
+    taken |= set(failed)
+    aside = {uri: why for uri, why in found.aside.items() if uri not in taken}
+    return Listing(
+        roots,
+        sources,
+        _group(aside),
+        tuple(FailedObject(uri, why) for uri, why in sorted(failed.items())),
+        len(found.listed),
+    )
+
+
+def _group(aside: Mapping[str, str]) -> dict[str, SetAside]:
+    names: dict[str, list[str]] = {}
+    for uri, reason in aside.items():
+        names.setdefault(reason, []).append(uri)
+    return {
+        reason: SetAside(len(uris), tuple(sorted(uris)[:MAX_NAMES]))
+        for reason, uris in sorted(names.items())
     }
-    if kind == "auto":
-        return next((found for found, fits in by_suffix.items() if fits), None)
+
+
+def _list_root(root: str, kind: InputKind, storage: Storage, known: Known) -> _Found:
+    objects, failed = storage.survey(root)
+    found = _Found(listed={o.uri for o in objects} | {o.uri for o in failed})
+    unknown: list[Source] = []
+    for info in objects:
+        name = _name_under(root, info.uri)
+        verdict, reason = _classify(name, info, kind, explicit=info.uri == root)
+        if verdict == "list":
+            found.listed.discard(info.uri)  # what it names is listed, not the list
+            _read_list(info, storage, found)
+        elif verdict == "unknown":
+            unknown.append(Source("image", root, name, info))
+        elif verdict is not None:
+            found.sources.append(Source(verdict, root, name, info))
+        else:
+            found.aside[info.uri] = reason
+    for entry in failed:
+        path = _name_under(root, entry.uri)
+        if is_hidden(path):
+            found.aside[entry.uri] = "hidden"
+        elif why := tell_reason(path):
+            found.aside[entry.uri] = why
+        else:
+            found.failed[entry.uri] = entry.reason
+    _look_inside(unknown, kind, storage, known, found)
+    return found
+
+
+def _name_under(root: str, uri: str) -> str:
+    return posixpath.basename(root) if uri == root else uri[len(root) :].lstrip("/")
+
+
+_Verdict = Literal["tar", "parquet", "image", "list", "unknown"]
+
+
+def _classify(
+    name: str, info: ObjectInfo, kind: InputKind, *, explicit: bool
+) -> tuple[_Verdict | None, str]:
+    """Return what an object is by its name, or None and why it is not read."""
+    told, reason = tell_kind(name), tell_reason(name)
     wanted = "image" if kind == "images" else kind
-    if explicit or by_suffix[wanted]:
-        return wanted
-    # Loose images often have names without a suffix; any other suffix is something else.
-    return "image" if wanted == "image" and "." not in posixpath.basename(name) else None
+    if info.size_bytes < 0:
+        return None, "not a file"
+    if explicit:
+        chosen: _Verdict | None = told or (None if reason else "unknown")
+        return (chosen if wanted == "auto" else wanted), reason or ""
+    if is_hidden(name, parquet=told == "parquet"):
+        return None, "hidden"
+    if told == "list":
+        return None, "text or metadata"
+    if wanted == "image" and not has_suffix(name):
+        return "image", ""
+    if told is None and reason is None and wanted in ("auto", "image"):
+        return "unknown", ""
+    if told is not None and wanted in ("auto", told):
+        return told, ""
+    return None, reason or "not what --input-kind asks for"
 
 
-def _read_list(info: ObjectInfo, storage: Storage) -> list[Source]:
-    def look_up(uri: str) -> Source:
+def _look_inside(
+    unknown: Sequence[Source], kind: InputKind, storage: Storage, known: Known, found: _Found
+) -> None:
+    """Decide by their first bytes what objects are whose names do not tell."""
+    images = known() if unknown else ()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        told = pool.map(lambda source: _look_at(source.info, images, storage), unknown)
+        for source, content in zip(unknown, told, strict=True):
+            uri = source.info.uri
+            if isinstance(content, FailedObject):
+                found.failed[uri] = content.reason
+            elif content is None:
+                found.aside[uri] = "not an image" if source.info.size_bytes else "empty"
+            elif kind == "images" and content != "image":
+                found.aside[uri] = "not what --input-kind asks for"
+            elif is_hidden(source.name, parquet=content == "parquet") and uri != source.root:
+                found.aside[uri] = "hidden"
+            else:
+                found.sources.append(Source(content, source.root, source.name, source.info))
+
+
+def _look_at(
+    info: ObjectInfo, images: Container[tuple[str, str]], storage: Storage
+) -> Literal["tar", "parquet", "image"] | FailedObject | None:
+    if (info.uri, info.version) in images:
+        return "image"
+    nbytes = min(HEAD_BYTES, info.size_bytes)
+    try:
+        return recognise(storage.read_range(info.uri, 0, nbytes, version=info.version or None))
+    except (CredentialsError, UnreachableError):
+        raise
+    except StorageError as error:
+        return FailedObject(info.uri, str(error))
+
+
+def _read_list(info: ObjectInfo, storage: Storage, found: _Found) -> None:
+    """Look up what a list names; what cannot be looked up has failed, as it may come back."""
+
+    def look_up(uri: str) -> Source | FailedObject:
         name = uri.split("://", 1)[-1].lstrip("/")
         try:
             return Source("image", info.uri, name, storage.stat(uri))
-        except ObjectMissingError:  # becomes a row that says so, until the object appears
-            return Source("image", info.uri, name, ObjectInfo(uri, 0, "missing"))
+        except (CredentialsError, UnreachableError):
+            raise
+        except StorageError as error:
+            return FailedObject(uri, str(error))
 
     uris = [normalise_uri(uri) for uri in _parse_list(info.uri, storage.read(info.uri))]
     with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(look_up, uris))
+        for entry in pool.map(look_up, uris):
+            if isinstance(entry, FailedObject):
+                found.failed[entry.uri] = entry.reason
+            else:
+                found.sources.append(entry)
+    found.listed |= set(uris)
 
 
 def _parse_list(uri: str, data: bytes) -> list[str]:
     """Return the URIs in a text, CSV/TSV or Parquet list, in order, without repetitions."""
     name = uri.lower()
-    if name.endswith(PARQUET_SUFFIXES):
+    if name.endswith(SUFFIXES["parquet"]):
         table = pq.read_table(pa.BufferReader(data))
         return _unique(table.column(_find_uri_column(uri, table.column_names)).to_pylist())
     text = data.decode("utf-8-sig", errors="replace")
@@ -173,8 +339,18 @@ def _unique(uris: Iterable[str | None]) -> list[str]:
     return list(dict.fromkeys(uri.strip() for uri in uris if uri and uri.strip()))
 
 
-def _merge_sources(sources: Sequence[Source]) -> tuple[Source, ...]:
-    """Drop objects that two inputs share; refuse different objects of one name."""
+def _merge_sources(sources: Sequence[Source]) -> tuple[tuple[Source, ...], dict[str, str]]:
+    """Drop objects that two inputs share, and name those whose keys could be another one's.
+
+    The keys of a shard's rows start with its name and a slash, so that no other source may be
+    called like that: ``s.tar/t.tar`` beside ``s.tar``, which object stores allow.
+
+    Returns:
+        The sources by name, and by URI the reasons of those that clash.
+
+    Raises:
+        SettingsError: Different objects have one name.
+    """
     by_uri: dict[str, Source] = {}
     for source in sources:
         by_uri.setdefault(source.info.uri, source)
@@ -186,7 +362,22 @@ def _merge_sources(sources: Sequence[Source]) -> tuple[Source, ...]:
                 f"{other.info.uri} and {source.info.uri} would both get the key {source.name!r}; "
                 "give their common parent as --input, or embed them to two outputs"
             )
-    return tuple(sorted(by_name.values(), key=lambda source: source.name))
+    shards = {name: source for name, source in by_name.items() if source.kind != "image"}
+    clashes = {
+        source.info.uri: f"its keys could be those of {shards[parent].info.uri}, whose name it "
+        "has as a folder; rename one of them, or embed it to another output"
+        for source in by_name.values()
+        if (parent := next(filter(shards.__contains__, list_parents(source.name)), None))
+    }
+    kept = [source for source in by_name.values() if source.info.uri not in clashes]
+    return tuple(sorted(kept, key=lambda source: source.name)), clashes
+
+
+def list_parents(name: str) -> Iterator[str]:
+    """Yield the folders of a path, from the innermost: ``"a/b/c"`` gives ``"a/b"``, ``"a"``."""
+    while "/" in name:
+        name = name.rpartition("/")[0]
+        yield name
 
 
 def make_object_shard(source: Source, *, chunking: Sequence[object]) -> Shard:

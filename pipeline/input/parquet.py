@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.carried import choose_type, convert_column, to_values
-from pipeline.errors import RecordError, SettingsError, describe_excess_bytes
+from pipeline.errors import NoImagesError, RecordError, SettingsError, describe_excess_bytes
 from pipeline.input.container import (
     BrokenContainerError,
     FoundImage,
@@ -63,8 +63,9 @@ def read_parquet(
 
     Raises:
         BrokenContainerError: The file is damaged. All rows before the damage have been yielded.
-        SettingsError: A named column is missing, no column or more than one may hold the images,
-            or a column is of the wrong type.
+        NoImagesError: No column holds images.
+        SettingsError: A named column is missing, more than one may hold the images, or a column
+            is of the wrong type.
         UnfitValueError: The output's column cannot hold a carried value.
     """
     with _explaining_damage():
@@ -163,7 +164,9 @@ def _find_image_column(schema: pa.Schema, uri: str, options: ReadOptions) -> str
     if len(names) == 1:
         return names[0]
     if not names:
-        raise SettingsError(
+        taken = any(_holds_images(field.type) for field in schema)  # carried, or the key
+        fault = SettingsError if taken else NoImagesError
+        raise fault(
             f"{uri} has no column of encoded images (binary, or a struct with a binary field "
             f"'bytes'); its columns are {schema.names}"
         )

@@ -9,24 +9,27 @@ import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import islice
 
 from pipeline.carried import UnfitValueError
 from pipeline.errors import (
-    ObjectChangedError,
-    ObjectMissingError,
+    CredentialsError,
+    NoImagesError,
     RecordError,
     ShardError,
+    StorageError,
+    UnreachableError,
     describe_excess_bytes,
 )
-from pipeline.input.container import BrokenContainerError, FoundImage, ReadOptions
+from pipeline.input.container import ABSENT, BrokenContainerError, FoundImage, ReadOptions
 from pipeline.input.parquet import read_parquet, read_parquet_row
 from pipeline.input.tar import read_tar
 from pipeline.records import Chunk, Member, Record, Shard, ShardKind
 from pipeline.storage import Storage
 
 _FETCH_THREADS = 16
+_MOST_UNREACHABLE = 8
+"""Images of one bundle for which storage may fail to the last try before it is storage's fault."""
 
 
 def read_chunks(shard: Shard, *, storage: Storage, options: ReadOptions) -> Iterator[Chunk]:
@@ -34,10 +37,13 @@ def read_chunks(shard: Shard, *, storage: Storage, options: ReadOptions) -> Iter
 
     The same shard gives the same chunks every time: keys, rows and cuts depend on its content and
     ``options`` alone. Rows count from 0 without gaps. A shard without images is one empty chunk.
-    Notes count ``ignored_members``, ``oversized_sidecars``, ``missing_columns`` and
-    ``duplicate_keys``.
+    Notes count ``ignored_members``, ``oversized_sidecars``, ``missing_columns``,
+    ``duplicate_keys``, and ``without_images`` where a Parquet file has no column of them.
 
     Raises:
+        ObjectMissingError: The shard is gone since it was listed. That says nothing of its
+            content, so there is no row that would take the place of older ones.
+        ObjectChangedError: The same, of a shard that was replaced or written over.
         SettingsError: ``options`` name Parquet columns that are not there or not of a fitting
             type.
         ShardError: The output's columns cannot hold a value that the shard carries.
@@ -111,16 +117,21 @@ def _find_record(uri: str, row: int, *, storage: Storage, image_column: str | No
 def _cut_chunks(
     shard_id: str, records: Iterator[Record], options: ReadOptions, notes: Counter[str]
 ) -> Iterator[Chunk]:
-    chunk: list[Record] = []
+    chunk, absent = list[Record](), list[tuple[int, str]]()
     index = size_bytes = 0
     for record in records:
-        full = size_bytes + len(record.data) > options.chunk_bytes
-        if chunk and (full or len(chunk) == options.chunk_images):
-            yield Chunk(shard_id, index, chunk, last=False)
-            chunk, size_bytes, index = [], 0, index + 1
-        chunk.append(record)
-        size_bytes += len(record.data)
-    yield Chunk(shard_id, index, chunk, last=True, notes=dict(notes))
+        number = len(chunk) + len(absent)  # what is absent takes its place: another try may have it
+        if number and (
+            number == options.chunk_images or size_bytes + record.nbytes > options.chunk_bytes
+        ):
+            yield Chunk(shard_id, index, chunk, last=False, absent=tuple(absent))
+            chunk, absent, size_bytes, index = [], [], 0, index + 1
+        if record.status == ABSENT:
+            absent.append((record.row, record.error or ""))
+        else:
+            chunk.append(record)
+        size_bytes += record.nbytes
+    yield Chunk(shard_id, index, chunk, last=True, notes=dict(notes), absent=tuple(absent))
 
 
 def _number_records(
@@ -141,8 +152,11 @@ def _number_records(
                 carried=dict.fromkeys(options.carry) | dict(found.carried),
                 status=found.status,
                 error=found.error,
+                left_behind_bytes=shard.members[row].size_bytes if found.status == ABSENT else 0,
             )
             row += 1
+    except NoImagesError:
+        notes["without_images"] += 1
     except BrokenContainerError as error:
         carried = dict.fromkeys(options.carry)
         reason = f"{error}; {row:,} rows come before it"
@@ -177,38 +191,41 @@ class _UniqueNames:
 def _find_in_tar(
     shard: Shard, storage: Storage, options: ReadOptions, notes: Counter[str]
 ) -> Iterator[FoundImage]:
-    with (
-        _explaining_loss(),
-        storage.open_stream(shard.source, version=shard.version or None) as stream,
-    ):
+    with storage.open_stream(shard.source, version=shard.version or None) as stream:
         yield from read_tar(stream, options=options, notes=notes)
 
 
 def _find_in_parquet(
     shard: Shard, storage: Storage, options: ReadOptions, notes: Counter[str]
 ) -> Iterator[FoundImage]:
-    with (
-        _explaining_loss(),
-        storage.open_random(shard.source, version=shard.version or None) as file,
-    ):
+    with storage.open_random(shard.source, version=shard.version or None) as file:
         yield from read_parquet(file, uri=shard.source, options=options, notes=notes)
-
-
-@contextmanager
-def _explaining_loss() -> Iterator[None]:
-    """A shard that is deleted or replaced during a run is that shard's fault, not the run's."""
-    try:
-        yield
-    except (ObjectMissingError, ObjectChangedError) as error:
-        raise BrokenContainerError(f"it went away while it was read: {error}") from error
 
 
 def _find_in_bundle(
     shard: Shard, storage: Storage, options: ReadOptions, _notes: Counter[str]
 ) -> Iterator[FoundImage]:
+    """Yield the images of a bundle; what cannot be had in the version listed is ``ABSENT``.
+
+    Raises:
+        CredentialsError: Not one image can be had.
+        UnreachableError: Storage fails for too many of them to be the images' fault.
+    """
+    faults = 0
+    for found, fault in _fetch_ahead(shard, storage, options):
+        faults += fault is not None
+        if fault is not None and faults > _MOST_UNREACHABLE:
+            raise fault
+        yield found
+
+
+_Fetched = tuple[FoundImage, UnreachableError | None]
+
+
+def _fetch_ahead(shard: Shard, storage: Storage, options: ReadOptions) -> Iterator[_Fetched]:
     """Fetch the members of a bundle, several at a time and at most a chunk's bytes ahead."""
     pool = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="fetch")
-    pending: deque[tuple[Future[FoundImage], int]] = deque()
+    pending: deque[tuple[Future[_Fetched], int]] = deque()
     ahead_bytes = 0
     try:
         for member in shard.members:
@@ -227,17 +244,19 @@ def _find_in_bundle(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _fetch(member: Member, storage: Storage, options: ReadOptions) -> FoundImage:
+def _fetch(member: Member, storage: Storage, options: ReadOptions) -> _Fetched:
     if member.size_bytes > options.max_image_bytes:
         reason = describe_excess_bytes(member.size_bytes, options.max_image_bytes)
-        return FoundImage(member.key, b"", 0, status="too_large", error=reason)
+        return FoundImage(member.key, b"", 0, status="too_large", error=reason), None
     version = member.version or None
     try:
         data = storage.read_range(member.uri, 0, member.size_bytes, version=version)
-    except (ObjectMissingError, ObjectChangedError) as error:
-        reason = f"it went away while it was read: {error}"
-        return FoundImage(member.key, b"", 0, status="unreadable", error=reason)
-    return FoundImage(member.key, data, 0)
+    except CredentialsError:
+        raise
+    except StorageError as error:
+        fault = error if isinstance(error, UnreachableError) else None
+        return FoundImage(member.key, b"", status=ABSENT, error=str(error)), fault
+    return FoundImage(member.key, data, 0), None
 
 
 _Finder = Callable[[Shard, Storage, ReadOptions, Counter[str]], Iterator[FoundImage]]

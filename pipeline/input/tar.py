@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from pipeline.errors import describe_excess_bytes
 from pipeline.input.container import BrokenContainerError, FoundImage, ReadOptions, is_fault_of_data
-from pipeline.input.listing import IMAGE_SUFFIXES
+from pipeline.input.kinds import SUFFIXES
 from pipeline.input.sidecars import SampleJoiner, Sidecar, find_column
 
 SIDECARS = ("json", "txt", "cls")
@@ -95,7 +95,7 @@ def _read_members(
 
 
 def _is_image_name(basename: str) -> bool:
-    return "." not in basename or basename.lower().endswith(IMAGE_SUFFIXES)
+    return "." not in basename or basename.lower().endswith(SUFFIXES["image"])
 
 
 def _is_sidecar(basename: str, options: ReadOptions) -> bool:

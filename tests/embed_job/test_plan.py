@@ -1,6 +1,7 @@
 """The plan: by its invariants over random histories, and its messages one by one."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,11 +12,11 @@ from hypothesis import strategies as st
 from pictures import make_jpeg, write_loose, write_tar
 
 from pipeline.embed_job import plan as plan_module
-from pipeline.embed_job.plan import Plan, plan_shards
+from pipeline.embed_job.plan import Plan, guard_removal, plan_shards
 from pipeline.errors import NoShardsError, SettingsError
 from pipeline.input.listing import Listing, Source, list_sources
 from pipeline.output.commits import renew_commit, split_commits
-from pipeline.records import Commit, Layout, ObjectInfo, PartInfo, Shard
+from pipeline.records import Commit, FailedObject, Layout, ObjectInfo, PartInfo, Shard
 from pipeline.storage import Storage
 
 LAYOUT = Layout(chunk_images=256, chunk_bytes=2**20)
@@ -40,7 +41,7 @@ def make_listing(world: World, roots: tuple[str, ...]) -> Listing:
         for uri, version in world.items():
             if uri.startswith(f"{root}/"):
                 sources.setdefault(uri, make_source(uri, version, root))
-    return Listing(roots, tuple(sorted(sources.values(), key=lambda s: s.name)), 0)
+    return Listing(roots, tuple(sorted(sources.values(), key=lambda s: s.name)))
 
 
 def make_commit(shard: Shard, *, sequence: int) -> Commit:
@@ -253,6 +254,61 @@ def test_only_what_the_given_inputs_cover_is_removed():
     }
 
 
+def plan_guarded(output: Output, world: World, max_removed: float = 0.1) -> Plan:
+    make_plan = partial(
+        plan_shards,
+        make_listing(world, ROOTS[:1]),
+        space_id=SPACE,
+        layout=LAYOUT,
+        commits=output.commits,
+        retired=output.retired,
+    )
+    return guard_removal(make_plan, max_removed=max_removed)
+
+
+@pytest.mark.parametrize("suffix", ["tar", "jpg"])
+@pytest.mark.parametrize(
+    ("gone", "max_removed", "stays"),
+    [
+        (16, 0.1, False),  # a few may always leave
+        (17, 0.1, True),
+        (60, 0.5, False),
+        (61, 0.5, True),
+        (119, 1.0, False),
+    ],
+)
+def test_a_listing_that_lost_a_large_share_removes_nothing_and_plans_all_else(
+    suffix, gone, max_removed, stays
+):
+    plan_module.BUNDLE_IMAGES = 1000
+    output = Output()
+    world = {f"{ROOTS[0]}/{i:03}.{suffix}": 1 for i in range(120)}
+    output.run(make_listing(world, ROOTS[:1]), order=[0])
+    left = dict(list(world.items())[gone:]) | {f"{ROOTS[0]}/new.tar": 1}
+    plan = plan_guarded(output, left, max_removed)
+    assert plan.withheld_rows == (gone if stays else 0)
+    assert plan.covered_rows == 120
+    new = [shard.source for shard in plan.embed if shard.name == "new.tar"]
+    assert new == [f"{ROOTS[0]}/new.tar"]
+    if stays:
+        assert not plan.removed
+        assert len(plan.embed) == 1
+        assert list(plan.carried) == list(output.commits.values())
+    else:
+        assert plan.removed_rows == gone
+
+
+def test_what_a_listing_could_not_look_at_is_not_removed():
+    output = Output()
+    world = {f"{ROOTS[0]}/{name}": 1 for name in ("d/y.tar", "d/e.jpg", "x.tar", "a.jpg", "b.jpg")}
+    output.run(make_listing(world, ROOTS[:1]), order=[0])
+    left = make_listing({f"{ROOTS[0]}/b.jpg": 1}, ROOTS[:1])
+    failed = tuple(FailedObject(f"{ROOTS[0]}/{name}", "closed") for name in ("d", "a.jpg"))
+    plan, _ = output.plan(replace(left, failed=failed))
+    assert [commit.source for commit in plan.removed] == [f"{ROOTS[0]}/x.tar"]
+    assert not plan.embed
+
+
 def test_what_a_deeper_input_committed_is_removed_under_its_parent_too():
     output = Output()
     uri = f"{ROOTS[2]}/y.tar"
@@ -295,7 +351,7 @@ def test_the_largest_shards_come_first():
     sources = [
         replace(s, info=replace(s.info, size_bytes=n)) for s, n in zip(sources, sizes, strict=True)
     ]
-    plan, _ = Output().plan(Listing(ROOTS[:1], tuple(sources), 0))
+    plan, _ = Output().plan(Listing(ROOTS[:1], tuple(sources)))
     assert [shard.name for shard in plan.embed] == ["1.tar", "3.tar", "0.tar", "2.tar"]
     assert plan.listed_bytes == 22
 
@@ -375,9 +431,11 @@ def test_a_list_of_uris_names_each_image_once(tmp_path: Path, suffix: str):
             "\n".join(mark.join(row) for row in [("n", "URI"), *(("1", u) for u in uris)])
         )
     listing = list_sources([str(path)], "list", Storage())
-    assert {source.info.uri for source in listing.sources} == set(uris)
-    versions = {source.info.uri: source.info.version for source in listing.sources}
-    assert versions[uris[2]] == "missing"
+    assert {source.info.uri for source in listing.sources} == {uris[0], uris[1]}
+    ((gone, reason),) = [(entry.uri, entry.reason) for entry in listing.failed]
+    assert gone == uris[2]
+    assert "No such file" in reason
+    assert listing.listed == 3
     assert all(source.root == str(path) for source in listing.sources)
 
 
@@ -395,7 +453,8 @@ def test_an_empty_prefix_is_an_error_that_names_it(tmp_path: Path):
 
 def test_a_prefix_of_other_objects_says_how_many_there_are(tmp_path: Path):
     write_loose(tmp_path, {"a.doc": b"", "b.doc": b""})
-    with pytest.raises(NoShardsError, match=r"\(2 objects of other kinds\); check the prefix"):
+    words = r"\(2 objects of other kinds: 2 text or metadata\); check the prefix"
+    with pytest.raises(NoShardsError, match=words):
         list_sources([str(tmp_path)], "auto", Storage())
 
 

@@ -21,16 +21,21 @@ from pictures import (
     write_parquet,
     write_tar,
 )
+from s3.faulty_proxy import Fault, FaultyProxy
 from s3.servers import S3Server
 
 from pipeline.config import StorageOptions
 from pipeline.errors import (
+    CredentialsError,
+    ObjectChangedError,
     ObjectMissingError,
     RecordError,
     SettingsError,
     ShardError,
     StorageError,
+    UnreachableError,
 )
+from pipeline.input.container import is_fault_of_data
 from pipeline.input.footers import find_carried_schema
 from pipeline.input.reader import ReadOptions, read_chunks, read_record_bytes
 from pipeline.records import Chunk, Record, Shard
@@ -477,6 +482,14 @@ def test_a_value_that_the_output_cannot_hold_fails_its_shard_by_name(tmp_path: P
     assert [record.carried["score"] for record in records] == [1, 97]
 
 
+def test_a_parquet_file_without_a_column_of_images_is_an_empty_shard_with_a_note(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "meta.parquet"
+    pq.write_table(pa.table({"url": ["http://x"], "width": [3]}), path)
+    assert read_all(make_shard(path)) == ([], {"without_images": 1})
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -571,7 +584,7 @@ def test_loose_images_are_records_of_their_own_objects(tmp_path: Path) -> None:
     assert {(record.offset, record.carried["txt"]) for record in records} == {(0, None)}
 
 
-def test_a_loose_image_that_is_gone_changed_or_too_large_is_a_row_with_its_reason(
+def test_loose_images_that_are_gone_or_changed_are_absent_and_take_their_place(
     tmp_path: Path,
 ) -> None:
     names = ("empty.jpg", "gone.jpg", "large.jpg", "new.jpg", "ok.jpg")
@@ -579,29 +592,124 @@ def test_a_loose_image_that_is_gone_changed_or_too_large_is_a_row_with_its_reaso
     shard = make_bundle(write_loose(tmp_path, {"large.jpg": bytes(20_000)}))
     (tmp_path / "gone.jpg").unlink()
     (tmp_path / "new.jpg").write_bytes(IMAGES[1] + b"more")
-    records, _ = read_all(shard, max_image_bytes=10_000)
-    assert [record.status for record in records] == [
-        *("ok", "unreadable", "too_large", "unreadable", "ok"),
+    options = ReadOptions(max_image_bytes=10_000, chunk_images=2)
+    chunks = list(read_chunks(shard, storage=STORAGE, options=options))
+    rows = [[(r.row, r.key, r.status) for r in chunk.records] for chunk in chunks]
+    assert rows == [
+        [(0, "empty.jpg", "ok")],
+        [(2, "large.jpg", "too_large")],
+        [(4, "ok.jpg", "ok")],
     ]
-    assert "went away" in (records[1].error or "")
-    assert "max_image_bytes is 10,000" in (records[2].error or "")
-    assert "has changed" in (records[3].error or "")
+    (gone,), (changed,), none = (chunk.absent for chunk in chunks)
+    assert (gone[0], changed[0], none) == (1, 3, ())
+    assert "No such file" in gone[1]
+    assert "has changed" in changed[1]
+    assert "max_image_bytes is 10,000" in (chunks[1].records[0].error or "")
 
 
-@pytest.mark.parametrize("name", ["a.tar", "a.parquet"])
-def test_a_shard_that_goes_away_or_changes_during_the_run_is_a_bad_shard(
+def test_chunks_are_cut_alike_whatever_is_absent(tmp_path: Path) -> None:
+    shard = make_bundle(write_loose(tmp_path, {f"{i:02}.jpg": make_jpeg(i) for i in range(20)}))
+    options = ReadOptions(chunk_images=6, chunk_bytes=3 * len(IMAGES[0]))
+
+    def cut() -> list[list[int]]:
+        chunks = read_chunks(shard, storage=STORAGE, options=options)
+        return [sorted([*(r.row for r in c.records), *dict(c.absent)]) for c in chunks]
+
+    whole = cut()
+    for i in (0, 3, 4, 5, 13, 19):
+        (tmp_path / f"{i:02}.jpg").unlink()
+        assert cut() == whole
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.parquet"])
+def test_a_shard_that_goes_away_or_changes_during_the_run_gives_no_rows_of_its_absence(
     tmp_path: Path, name: str
 ) -> None:
     path = tmp_path / name
-    write = write_tar if name.endswith("tar") else write_parquet
-    shard = make_shard(write(path, MEMBERS if name.endswith("tar") else IMAGES))
-    write(path, MEMBERS[:2] if name.endswith("tar") else IMAGES[:2])
-    changed, _ = read_all(shard)
+    write = write_parquet if name.endswith("parquet") else write_tar
+    content = IMAGES if name.endswith("parquet") else MEMBERS
+    shard = make_shard(write(path, content))
+    write(path, content[:2])
+    with pytest.raises(ObjectChangedError, match="has changed"):
+        read_all(shard)
     path.unlink()
-    gone, _ = read_all(shard)
-    for records in (changed, gone):
-        assert [(record.key, record.status) for record in records] == [(name, "bad_shard")]
-        assert "it went away while it was read" in (records[0].error or "")
+    with pytest.raises(ObjectMissingError):
+        read_all(shard)
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.parquet"])
+def test_a_shard_written_over_in_place_while_it_is_read_gives_no_last_chunk(
+    tmp_path: Path, name: str
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (12, 400_000), np.uint8)
+    images = [picture.tobytes() for picture in noise]
+    members = [(f"{i}.jpg", data) for i, data in enumerate(images)]
+    if name.endswith("parquet"):
+        path, other = (
+            write_parquet(tmp_path / f"{i}-{name}", content, row_group_size=2)
+            for i, content in enumerate((images, images[::-1]))
+        )
+    else:
+        path = write_tar(tmp_path / name, members)
+        other = write_tar(tmp_path / f"new-{name}", members[::-1])
+    shard = make_shard(path)
+    seen = []
+    with pytest.raises(ObjectChangedError, match="has changed"):  # noqa: PT012
+        for chunk in read_chunks(shard, storage=STORAGE, options=ReadOptions(chunk_images=2)):
+            seen += [(record.row, record.data) for record in chunk.records]
+            assert not chunk.last
+            with path.open("r+b") as file:  # as cp and rsync --inplace write
+                file.write(other.read_bytes())
+                file.truncate()
+    assert all(data == images[row] for row, data in seen), "bytes of two versions"
+
+
+def test_a_shortage_of_memory_is_no_fault_of_the_data() -> None:
+    assert not is_fault_of_data(MemoryError())
+    assert not is_fault_of_data(pa.lib.ArrowMemoryError("malloc failed"))
+    assert not is_fault_of_data(OSError(5, "Input/output error"))
+    assert is_fault_of_data(pa.ArrowInvalid("not Parquet"))
+    assert is_fault_of_data(OSError("Corrupt snappy compressed data."))
+
+
+@pytest.mark.parametrize(("broken", "fails"), [(8, False), (9, True)])
+def test_a_store_that_fails_for_many_images_of_a_bundle_fails_the_bundle(
+    s3_bucket: str, faulty_s3: FaultyProxy, s3_server: S3Server, broken: int, fails: bool
+) -> None:
+    for i in range(12):
+        s3_server.storage().put(f"{s3_bucket}/{i:02}.jpg", IMAGES[i])
+    options = StorageOptions(endpoint_url=faulty_s3.endpoint_url, storage_attempts=1)
+    shard = make_bundle(s3_bucket, Storage(options))
+    for i in range(broken):
+        faulty_s3.inject(Fault("internal_error", method="GET", key=f"*/{i:02}.jpg", times=None))
+    chunks = read_chunks(shard, storage=Storage(options), options=ReadOptions())
+    if fails:
+        with pytest.raises(UnreachableError, match="InternalError"):
+            list(chunks)
+        return
+    (chunk,) = chunks
+    assert [row for row, _ in chunk.absent] == list(range(broken))
+    assert [record.row for record in chunk.records] == list(range(broken, 12))
+
+
+def test_a_refused_image_is_absent_and_its_neighbours_are_read(
+    s3_bucket: str, faulty_s3: FaultyProxy, s3_server: S3Server
+) -> None:
+    for i in range(4):
+        s3_server.storage().put(f"{s3_bucket}/{i}.jpg", IMAGES[i])
+    storage = Storage(StorageOptions(endpoint_url=faulty_s3.endpoint_url))
+    shard = make_bundle(s3_bucket, storage)
+    faulty_s3.inject(
+        Fault("denied", method="GET", key="*/1.jpg", times=None),
+        Fault("archived", method="GET", key="*/2.jpg", times=None),
+    )
+    (chunk,) = read_chunks(shard, storage=storage, options=ReadOptions())
+    assert [record.row for record in chunk.records] == [0, 3]
+    assert "AccessDenied" in chunk.absent[0][1]
+    assert "archived: restore it first" in chunk.absent[1][1]
+    faulty_s3.inject(Fault("expired", method="GET", key="*/0.jpg", times=None))
+    with pytest.raises(CredentialsError, match="renew the credentials"):
+        list(read_chunks(shard, storage=storage, options=ReadOptions()))
 
 
 def fill_bucket(bucket: str, storage: Storage, tmp_path: Path) -> list[Shard]:

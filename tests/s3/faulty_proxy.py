@@ -25,6 +25,7 @@ Kind = Literal[
     "internal_error",  # 500 InternalError; nor this one
     "expired",  # 400 ExpiredToken
     "denied",  # 403 AccessDenied
+    "archived",  # 403 InvalidObjectState, as of an object in Glacier
     "conflict",  # 409 ConditionalRequestConflict
     "not_implemented",  # 501 NotImplemented
     "stall",  # no answer at all, until the client hangs up
@@ -39,6 +40,7 @@ ANSWERS = {
     "internal_error": (500, "InternalError", "We encountered an internal error."),
     "expired": (400, "ExpiredToken", "The provided token has expired."),
     "denied": (403, "AccessDenied", "Access Denied"),
+    "archived": (403, "InvalidObjectState", "The action is not valid for the storage class."),
     "not_implemented": (501, "NotImplemented", "Not implemented."),
     "conflict": (409, "ConditionalRequestConflict", "A conflicting operation is in progress."),
 }
