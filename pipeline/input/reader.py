@@ -9,6 +9,7 @@ import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 
 from pipeline.carried import UnfitValueError
@@ -23,7 +24,7 @@ from pipeline.errors import (
 )
 from pipeline.input.container import ABSENT, BrokenContainerError, FoundImage, ReadOptions
 from pipeline.input.parquet import read_parquet, read_parquet_row
-from pipeline.input.tar import read_tar
+from pipeline.input.tar import Again, read_tar
 from pipeline.records import Chunk, Member, Record, Shard, ShardKind
 from pipeline.storage import Storage
 
@@ -105,7 +106,8 @@ def _find_record(uri: str, row: int, *, storage: Storage, image_column: str | No
             if is_parquet:
                 return read_parquet_row(file, row, uri=uri, options=options)
         with storage.open_stream(uri) as stream:
-            images = read_tar(stream, options=options, notes=Counter())
+            again = _make_again(uri, None, storage)
+            images = read_tar(stream, options=options, notes=Counter(), again=again)
             found = next(islice(images, row, None), None)
     except BrokenContainerError as error:
         raise RecordError("unreadable", f"row {row:,} of {uri}: {error}") from error
@@ -191,8 +193,17 @@ class _UniqueNames:
 def _find_in_tar(
     shard: Shard, storage: Storage, options: ReadOptions, notes: Counter[str]
 ) -> Iterator[FoundImage]:
-    with storage.open_stream(shard.source, version=shard.version or None) as stream:
-        yield from read_tar(stream, options=options, notes=notes)
+    version = shard.version or None
+    again = _make_again(shard.source, version, storage)
+    with storage.open_stream(shard.source, version=version) as stream:
+        yield from read_tar(stream, options=options, notes=notes, again=again)
+
+
+def _make_again(uri: str, version: str | None, storage: Storage) -> Again:
+    return Again(
+        open=partial(storage.open_stream, uri, version=version),
+        fetch=partial(storage.read_range, uri, version=version),
+    )
 
 
 def _find_in_parquet(

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import subprocess
 import tarfile
 import tracemalloc
 from collections.abc import Sequence
@@ -184,7 +185,111 @@ def test_what_is_no_image_is_passed_over_and_counted(tmp_path: Path) -> None:
             archive.addfile(info, io.BytesIO(IMAGES[0]))
     records, notes = read_all(make_shard(path))
     assert keys_of(records) == ["a.tar/x/a.jpg", "a.tar/x/raw", "a.tar/x/A.JPG"]
-    assert notes == {"ignored_members": 3}
+    assert notes == {"ignored_members": 3, "hidden_members": 1}
+
+
+def test_members_whose_names_do_not_tell_are_images_by_their_content(tmp_path: Path) -> None:
+    images = ["0.img", "1.jpg_large", "2.jpg~", "3.web.jpg?w=200", "4.HEIC", "5.MPO"]
+    others = {"6.img": b"no image", "7.npy": IMAGES[0], "8.json": IMAGES[0], "9.img": b""}
+    members = [*((name, IMAGES[i]) for i, name in enumerate(images)), *others.items()]
+    for suffix in (".tar", ".tar.gz"):
+        records, notes = read_all(make_shard(write_tar(tmp_path / f"a{suffix}", members)))
+        assert keys_of(records) == [f"a{suffix}/{name}" for name in images]
+        assert [record.data for record in records] == IMAGES[: len(images)]
+        assert notes == {"ignored_members": 3}
+    big = [("a.img", IMAGES[0] + bytes(20_000)), ("b.img", IMAGES[1])]
+    shard = make_shard(write_tar(tmp_path / "big.tar", big))
+    records, _ = read_all(shard, max_image_bytes=10_000)
+    assert [record.status for record in records] == ["too_large", "ok"]
+
+
+def test_hidden_members_are_counted_and_not_read(tmp_path: Path) -> None:
+    hidden = ["._a.jpg", "x/.thumbnails/b.jpg", "__MACOSX/c.jpg", "x/@eaDir/d.jpg", ".e.jpg"]
+    shown = ["./_DSC1.jpg", "_x/f.jpg", "__g.jpg"]
+    members = [(name, IMAGES[0]) for name in [*hidden, *shown]]
+    records, notes = read_all(make_shard(write_tar(tmp_path / "a.tar", members)))
+    assert keys_of(records) == [f"a.tar/{name}" for name in shown]
+    assert notes == {"hidden_members": 5}
+
+
+def write_linked(folder: Path, *options: str, suffix: str = ".tar") -> Path:
+    """Let GNU tar write an archive of six images with hard links between them."""
+    source = folder / "source"
+    write_loose(source, {f"{i}.jpg": IMAGES[i] for i in range(6)} | {"blob.bin": IMAGES[6]})
+    order = [f"{i}.jpg" for i in range(6)] + ["blob.bin"]
+    links = {"a.jpg": "4.jpg", "b.jpg": "0.jpg", "c.jpg": "4.jpg", "d.txt": "1.jpg"}
+    for name, target in links.items():
+        (source / name).hardlink_to(source / target)
+        order.append(name)
+    (source / "e.jpg").hardlink_to(source / "blob.bin")
+    path = folder / f"linked{suffix}"
+    names = [*order, "e.jpg"]
+    subprocess.run(["tar", "-C", source, "-caf", path, *options, *names], check=True)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tar.xz", ".tar.zst"])
+@pytest.mark.parametrize("kind", ["gnu", "pax", "ustar"])
+def test_hard_links_are_images_of_their_own(tmp_path: Path, suffix: str, kind: str) -> None:
+    path = write_linked(tmp_path, f"--format={kind}", suffix=suffix)
+    listed = subprocess.run(["tar", "-tvf", path], check=True, capture_output=True, text=True)
+    assert listed.stdout.count(" link to ") == 5
+    records, notes = read_all(make_shard(path), chunk_images=4)
+    data = {record.key.partition("/")[2]: record.data for record in records}
+    expected = {f"{i}.jpg": IMAGES[i] for i in range(6)}
+    expected |= {"a.jpg": IMAGES[4], "b.jpg": IMAGES[0], "c.jpg": IMAGES[4], "e.jpg": IMAGES[6]}
+    assert data == expected
+    assert notes == {"ignored_members": 1}  # blob.bin; d.txt is no image, by its name
+    assert all((record.offset is None) == (suffix != ".tar") for record in records)
+    check_single_reads(records)
+
+
+def test_hard_links_read_alike_from_an_s3_server(
+    s3_server: S3Server, s3_bucket: str, tmp_path: Path
+) -> None:
+    storage = s3_server.storage()
+    for suffix in (".tar", ".tar.gz"):
+        path = write_linked(tmp_path / suffix, suffix=suffix)
+        storage.upload(path, f"{s3_bucket}/linked{suffix}")
+        remote, _ = read_all(make_shard(f"{s3_bucket}/linked{suffix}", storage), storage)
+        local, _ = read_all(make_shard(path))
+        assert len(remote) == 10
+        assert [record.data for record in remote] == [record.data for record in local]
+
+
+def test_a_hard_link_without_its_target_says_what_to_do_and_the_remedy_works(
+    tmp_path: Path,
+) -> None:
+    source = write_loose(tmp_path / "in", {"a.jpg": IMAGES[0]})
+    (source / "b.jpg").hardlink_to(source / "a.jpg")
+    both, only = tmp_path / "both.tar", tmp_path / "only.tar"
+    subprocess.run(["tar", "-C", source, "-cf", both, "a.jpg", "b.jpg"], check=True)
+    subprocess.run(["tar", "-f", both, "--delete", "a.jpg"], check=True)
+    (record,), _ = read_all(make_shard(both))
+    assert record.status == "unsupported"
+    assert "a hard link to 'a.jpg', which is not before it; repack" in (record.error or "")
+    command = ["tar", "-C", source, "--hard-dereference", "-cf", only, "a.jpg", "b.jpg"]
+    subprocess.run(command, check=True)
+    assert [record.data for record in read_all(make_shard(only))[0]] == [IMAGES[0]] * 2
+
+
+def test_a_compressed_archive_is_read_again_for_links_a_bounded_number_of_times(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for i in range(40):
+            info = tarfile.TarInfo(f"{i}.jpg")
+            info.size = len(IMAGES[0])
+            archive.addfile(info, io.BytesIO(IMAGES[0]))
+        for i in reversed(range(40)):  # each of them leads further back
+            info = tarfile.TarInfo(f"link{i}.jpg")
+            info.type, info.linkname = tarfile.LNKTYPE, f"{i}.jpg"
+            archive.addfile(info)
+    records, _ = read_all(make_shard(path))
+    statuses = [record.status for record in records]
+    assert statuses == ["ok"] * 56 + ["unsupported"] * 24
+    assert "leads too far back in a compressed archive" in (records[-1].error or "")
 
 
 def test_odd_names_become_stable_keys(tmp_path: Path) -> None:
