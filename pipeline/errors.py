@@ -66,10 +66,6 @@ class TooManyFailuresError(AbortError):
     exit_code = 3
 
 
-class RemovalError(AbortError):
-    """More committed rows have lost their source than ``--max-removed`` allows; they stay."""
-
-
 class LeaseError(AbortError):
     """Another live run holds the output."""
 
@@ -116,6 +112,14 @@ class CredentialsError(AccessError):
 
 class UnreachableError(StorageError):
     """Storage kept failing until the retries were used up; the object itself may be sound."""
+
+
+class IncompleteError(StorageError):
+    """A run did everything but for some objects, which its report names."""
+
+
+class RemovalError(IncompleteError):
+    """More committed rows have lost their source than ``--max-removed`` allows; they stay."""
 
 
 class ConflictError(StorageError):

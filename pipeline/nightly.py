@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from pipeline.config import IndexConfig, NightlyConfig, parse_size
+from pipeline.config import EmbedConfig, IndexConfig, NightlyConfig, parse_size
 from pipeline.embed_job.lease import Lease
 from pipeline.embed_job.report import EmbedReport
 from pipeline.embed_job.report_page import (
@@ -18,7 +18,7 @@ from pipeline.embed_job.report_page import (
     sample_failures,
 )
 from pipeline.embed_job.run import embed
-from pipeline.errors import AbortError, PipelineError, SettingsError
+from pipeline.errors import AbortError, IncompleteError, PipelineError, SettingsError
 from pipeline.images.decode import ImageLimits
 from pipeline.images.thumbnails import make_thumbnail
 from pipeline.index.job import IndexReport, build_index
@@ -110,26 +110,42 @@ class NightlyReport:
 def run_nightly(config: NightlyConfig) -> NightlyReport:
     """Embed what is new, try again once what failed last night, index, report.
 
+    Objects that cannot be read do not keep the index from what all others gave.
+
     Returns:
         The report; also written to ``<output>/runs/latest.json``, where monitoring finds it.
 
     Raises:
         LeaseError: Last night's run is still going.
         PublishError: A gate refused the new generation; the old one goes on serving.
+        IncompleteError: Some objects could not be read; all else is embedded, indexed, reported.
         AbortError: The newest image is older than ``max_age_hours``, or a job failed.
     """
     output = normalise_uri(config.embed.output)
     storage = Storage(config.embed.storage)
     with Lease(output, "nightly", storage=storage, name="nightly.json") as lease:
-        embedded = embed(replace(config.embed, retry_failed_once=True))
-        if not isinstance(embedded, EmbedReport):
-            raise SettingsError("dry_run and verify are of the embed job; run jobs/embed.py")
+        embedded, incomplete = _embed(replace(config.embed, retry_failed_once=True))
         lease.check()
         indexed = build_index(_point_at(config.index, output))
         report = NightlyReport(embedded, indexed, _measure_freshness(embedded, indexed))
         _write(config, report, storage=storage)
+    if incomplete is not None:
+        incomplete.report = report
+        raise incomplete
     _check_age(config, report)
     return report
+
+
+def _embed(config: EmbedConfig) -> tuple[EmbedReport, IncompleteError | None]:
+    """Run the embed job; return its report, and the error of a run that lacks some objects."""
+    incomplete = None
+    try:
+        report: object = embed(config)
+    except IncompleteError as error:
+        report, incomplete = error.report, error
+    if not isinstance(report, EmbedReport):
+        raise SettingsError("dry_run and verify are of the embed job; run jobs/embed.py")
+    return report, incomplete
 
 
 def _point_at(config: IndexConfig, output: str) -> IndexConfig:

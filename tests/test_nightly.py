@@ -12,7 +12,7 @@ from pipeline import SearchIndex
 from pipeline.cli import parse_settings
 from pipeline.config import IndexConfig, NightlyConfig, NightlyOptions
 from pipeline.embed_job.lease import Lease
-from pipeline.errors import AbortError, LeaseError, SettingsError
+from pipeline.errors import AbortError, IncompleteError, LeaseError, SettingsError
 from pipeline.nightly import run_nightly
 from pipeline.output.commits import list_commits
 from pipeline.storage import Storage
@@ -48,6 +48,21 @@ def test_nights_follow_the_input(night: NightlyConfig, tmp_path: Path) -> None:
     assert latest["freshness"]["rows"] == {"ok": 6}
     assert "image_embedding_indexed_rows 6\n" in metrics.read_text()
     assert 'image_embedding_rows{status="ok"} 6\n' in metrics.read_text()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_night_indexes_what_it_could_read_and_fails_for_the_rest(
+    night: NightlyConfig, tmp_path: Path
+) -> None:
+    dead = tmp_path / "in" / "dead.jpg"
+    dead.symlink_to("nowhere")
+    with pytest.raises(IncompleteError, match=r"1 objects could not be read.*dead\.jpg") as told:
+        run_nightly(night)
+    assert told.value.exit_code == 1
+    assert told.value.report.freshness.indexed_rows == 6
+    assert (tmp_path / "out" / "runs" / "latest.json").exists()
+    dead.unlink()
+    assert run_nightly(night).freshness.indexed_rows == 6
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -107,8 +107,12 @@ def describe_objects(
     ]
     if counts.unfinished:
         parts.append(f"{counts.unfinished:,} not reached")
-    noted = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in notes.items())
+    noted = _describe_notes({name: n for name, n in notes.items() if name != "without_images"})
     return f"{counts.listed:,} objects listed: {', '.join(parts)}" + (f"; {noted}" if noted else "")
+
+
+def _describe_notes(notes: Mapping[str, int]) -> str:
+    return ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in notes.items())
 
 
 def check_images_found(listing: Listing, live: Iterable[Commit]) -> None:
@@ -124,7 +128,7 @@ def check_images_found(listing: Listing, live: Iterable[Commit]) -> None:
             notes: Counter[str] = Counter()
             for commit in own:
                 notes.update(commit.notes)
-            noted = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in notes.items())
+            noted = _describe_notes(notes)
             raise NoImagesError(
                 f"no image was found in the {len(own)} shards under {root!r}"
                 + (f" ({noted})" if noted else "")

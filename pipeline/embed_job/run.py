@@ -55,9 +55,9 @@ from pipeline.embed_job.wire import Receipt
 from pipeline.errors import (
     AbortError,
     CorruptionError,
+    IncompleteError,
     RemovalError,
     SettingsError,
-    StorageError,
     TooManyFailuresError,
 )
 from pipeline.input.listing import Listing, list_sources
@@ -98,6 +98,8 @@ def embed(
         LeaseError: Another live run writes to the output.
         TooManyFailuresError: More images failed than ``max_failures`` allows.
         StorageError: Storage failed for good; committed shards stay, and a rerun goes on.
+        IncompleteError: Everything is done but for some objects; its report names them.
+        NoImagesError: Shards were read, and none of an input's has an image.
         CorruptionError: The output is damaged, or the books do not balance.
     """
     started_s = time.time()
@@ -169,6 +171,7 @@ class _Run:
         self._unmended: dict[str, str] = {}
         self._absent: dict[str, str] = {}
         self._before: Mapping[str, Commit] = {}
+        self._live: Mapping[str, Commit] = {}
         self._damaged: Mapping[str, str] = {}
         self._kept: list[PartInfo] = []
         self._resources = Resources(0, 0.0, 0.0)
@@ -195,7 +198,7 @@ class _Run:
             raise self._explain_failures(report)
         if plan.withheld_rows:
             raise _explain_withheld(plan, report)
-        check_images_found(listing, list_commits(self._config.output, self._storage).values())
+        check_images_found(listing, self._live.values())
         return report
 
     def _plan(self, listing: Listing) -> tuple[Plan, Mapping[str, Commit]]:
@@ -404,7 +407,7 @@ class _Run:
     ) -> EmbedReport:
         """Balance the books against what the output holds now, and write the report."""
         self._embed_started_s = min(self._embed_started_s, self._embed_ended_s)
-        live = list_commits(self._config.output, self._storage)
+        live = self._live = list_commits(self._config.output, self._storage)
         failed = self._list_failures()
         objects, aside = account_objects(listing, live.values(), failed=failed, stopped=stopped)
         failed |= {entry.uri: entry.reason for entry in listing.failed}
@@ -467,7 +470,7 @@ class _Run:
         if error is None or objects.images + objects.shards:
             named = [f"{uri}: {reason}" for uri, reason in report.failed_objects.items()]
             first = [*named, *self._unmended.values()][0]
-            error = StorageError(
+            error = IncompleteError(
                 f"{objects.failed + len(self._unmended)} objects could not be read, the first: "
                 f"{first}; "
                 "everything else is done, and what was committed of them before stays: "

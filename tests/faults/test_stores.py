@@ -92,7 +92,7 @@ def test_a_shard_that_storage_keeps_refusing_is_reported_and_the_others_are_done
     config, rows = remote
     config = through(faulty_s3, config, "refusing", storage_attempts=2)
     faulty_s3.inject(Fault("internal_error", method="GET", key="*/in/3.tar", times=None))
-    with pytest.raises(StorageError, match=r"1 shards could not be read .*3\.tar.*run again") as e:
+    with pytest.raises(StorageError, match=r"1 objects could not be read.*3\.tar.*run again") as e:
         embed(config)
     assert e.value.report.shards["failed"] == 1
     committed = read_rows(config.output, s3_server.storage())
