@@ -15,7 +15,7 @@ Kind = Literal["tar", "parquet", "image", "list"]
 SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "tar": (
         ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst",
-        ".tzst", ".tar.zstd",
+        ".tzst", ".tar.zstd", ".tar.lz4",
     ),
     "parquet": (".parquet", ".pq"),
     "image": (

@@ -212,15 +212,22 @@ def _list_root(root: str, kind: InputKind, storage: Storage, known: Known) -> _F
         else:
             found.aside[info.uri] = reason
     for entry in failed:
-        path = _name_under(root, entry.uri)
-        if is_hidden(path):
-            found.aside[entry.uri] = "hidden"
-        elif why := tell_reason(path):
+        if why := _why_not_wanted(_name_under(root, entry.uri)):
             found.aside[entry.uri] = why
         else:
             found.failed[entry.uri] = entry.reason
     _look_inside(unknown, kind, storage, known, found)
     return found
+
+
+def _why_not_wanted(path: str) -> str | None:
+    """Return why nothing of this name is read, or None if it might be."""
+    told = tell_kind(path)
+    if is_hidden(path, parquet=told == "parquet"):
+        return "hidden"
+    if told is not None:
+        return "text or metadata" if told == "list" else None
+    return tell_reason(path)
 
 
 def _name_under(root: str, uri: str) -> str:

@@ -237,6 +237,17 @@ def test_a_source_whose_keys_another_could_have_fails_by_name(s3_bucket, s3_serv
     assert "could be those of " + f"{s3_bucket}/in/s.tar, whose name" in failed.popitem()[1]
 
 
+def test_of_what_cannot_be_looked_at_only_what_might_be_read_has_failed(tmp_path: Path) -> None:
+    failed = {"a.jpg", "b.tar.gz", "c.parquet", "d", "e.unknown", "f.tar.lz4"}
+    aside = {".g.jpg", "h.json", "i.txt", "j.gz", "_k.parquet", "__MACOSX/l.jpg"}
+    write_loose(tmp_path, {"m.jpg": JPEG, "__MACOSX/n": b""})
+    for name in failed | aside:
+        (tmp_path / name).symlink_to("nowhere")
+    listing = list_folder(tmp_path)
+    assert {entry.uri for entry in listing.failed} == {f"{tmp_path}/{name}" for name in failed}
+    assert set().union(*reasons_of(listing).values()) == aside | {"__MACOSX/n"}
+
+
 def test_an_input_of_which_nothing_can_be_read_is_the_runs_fault(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").symlink_to("nowhere")
     with pytest.raises(StorageError, match=r"nothing under .* 1 objects fail, the first: .*a\.jpg"):
