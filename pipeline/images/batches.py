@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.errors import RecordError, ShortageError
+from pipeline.errors import RecordError
 from pipeline.images.buffers import Buffer, Pixels, SharedBuffers
 from pipeline.images.decode import image_digest
 from pipeline.images.decoder import GROUP_IMAGES, Outcome
@@ -133,7 +133,7 @@ class _Filling:
     def run(self) -> Iterator[Batch]:
         """Yield batches as they get ready."""
         if self._unread and not self._todo:
-            yield Batch(self._take_buffer(), failed=self._unread)
+            yield Batch(self._buffers.take(), failed=self._unread)
         try:
             self._hand_out()
             while self._open:
@@ -161,7 +161,7 @@ class _Filling:
             item.under_way += len(jobs)
 
     def _open_batch(self) -> _Open:
-        batch = Batch(self._take_buffer(), failed=self._unread)
+        batch = Batch(self._buffers.take(), failed=self._unread)
         self._unread = []
         rows = list(range(self._batch_size()))[::-1]
         item = self._open[batch.buffer.number] = _Open(batch, rows)
@@ -201,15 +201,6 @@ class _Filling:
         item.rows.append(job.place[1])
         item.batch.seconds["decode"] += outcome.decode_s
         item.batch.seconds["transform"] += outcome.transform_s
-
-    def _take_buffer(self) -> Buffer:
-        try:
-            return self._buffers.take()
-        except OSError as error:
-            raise ShortageError(
-                f"there is no memory for a batch of {self._buffers.batch_size} crops ({error}); "
-                "give the machine more memory, or lower --batch-size"
-            ) from error
 
     def _abandon(self) -> None:
         """Give back the buffers of batches that nobody wants, once no process writes to them."""

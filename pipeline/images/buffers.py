@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.errors import ShortageError
+
 Pixels = NDArray[np.uint8]
 
 MAX_PROCESSES = 8192
@@ -67,22 +69,27 @@ class SharedBuffers:
         self.fd = make_memory_file() if fd is None else fd
         self._close = weakref.finalize(self, os.close, self.fd)
         if fd is None:
-            os.posix_fallocate(self.fd, 0, _NOTE_BYTES)
+            _reserve(self.fd, 0, _NOTE_BYTES)
         self.notes = np.frombuffer(mmap.mmap(self.fd, _NOTE_BYTES), np.int64)
 
     def take(self) -> Buffer:
         """Return a buffer that nobody uses, of any content; makes one if there is none.
 
         Raises:
-            OSError: There is no memory for it.
+            ShortageError: There is no memory for it.
         """
         with self._lock:
             if self._spare:
                 return self._spare.pop()
             number = len(self._mapped)
-            # with its memory now: later, a shortage would kill whoever writes
-            os.posix_fallocate(self.fd, self._locate(number), self._stride)
-            pixels = self._map(number)
+            try:
+                _reserve(self.fd, self._locate(number), self._stride)
+                pixels = self._map(number)
+            except OSError as error:
+                raise ShortageError(
+                    f"there is no memory for a batch of {self.batch_size} crops ({error}); give "
+                    "the machine more memory, or lower --batch-size"
+                ) from error
             self._pin(pixels)
             return Buffer(number, pixels)
 
@@ -109,6 +116,14 @@ class SharedBuffers:
         flat = np.frombuffer(memory, np.uint8, count=int(np.prod(self._shape)))
         self._mapped.append(flat.reshape(self._shape))
         return self._mapped[-1]
+
+
+def _reserve(fd: int, start: int, nbytes: int) -> None:
+    """Let a file grow, with its memory at once: later, a shortage would kill whoever writes."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, start, nbytes)
+    else:
+        os.truncate(fd, start + nbytes)
 
 
 def make_memory_file() -> int:

@@ -1,5 +1,6 @@
 """Records to crops: the host's share of the work, in processes or in the caller's thread."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -57,8 +58,8 @@ class HostCropMaker:
     Args:
         recipe: How encoded bytes become a crop.
         buffers: Where batches lie.
-        processes: Number of decode processes; with 0 the caller's own thread decodes, and nothing
-            protects it from images that hang or crash their decoder.
+        processes: Number of decode processes; with 0, and elsewhere than on Linux, the caller's own
+            thread decodes, and nothing protects it from images that hang or crash their decoder.
         timeout_s: Longest time one image may take.
     """
 
@@ -68,7 +69,8 @@ class HostCropMaker:
         self._recipe = recipe
         self._buffers = buffers
         setup = Setup(recipe, timeout_s, buffers.batch_size)
-        self._pool = DecodePool(setup, buffers, processes=processes) if processes else None
+        in_processes = processes > 0 and sys.platform == "linux"
+        self._pool = DecodePool(setup, buffers, processes=processes) if in_processes else None
 
     def make(self, records: Sequence[Record]) -> Iterator[Crop | Embedding]:
         """Yield a crop for each record in order, or what became of it instead."""
