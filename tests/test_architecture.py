@@ -211,7 +211,7 @@ def test_importing_the_package_does_no_work():
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [
-        ("pipeline.images.host", ("torch", "pyarrow", "ray")),  # decode processes
+        ("pipeline.images.decoder", ("torch", "pyarrow", "ray")),  # decode processes
         ("pipeline.input.reader", ("torch",)),  # read tasks
     ],
 )

@@ -174,7 +174,11 @@ class Embedder:
             outcomes.update(batch.failed)
             for stage, spent_s in batch.seconds.items():
                 seconds[stage] += spent_s
-            started.append(self._start(batch))
+            try:
+                started.append(self._start(batch))
+            except BaseException:
+                self._buffers.give_back(batch.buffer)
+                raise
             while len(started) > self._engine.depth:
                 self._collect(started.popleft(), outcomes, seconds)
         for unfinished in started:
