@@ -28,10 +28,11 @@ def test_a_column_of_nulls_is_searched_by_the_type_that_it_got_later(tmp_path, f
     build(corpus, index, full=full)
     with_class = {f"b1.tar/{row:06d}.jpg" for row in range(3, 40, 10)}
     with_class |= {f"b0.tar/{row:06d}.jpg" for row in range(3, 40, 10) if row % 7}
-    found = SearchIndex.open(index).search(
-        draw_vectors(1, 32, seed=9), k=600, where={"cls": "class 3"}
-    )
-    assert {neighbour.key for neighbour in found[0]} == with_class
-    assert {neighbour.columns["cls"] for neighbour in found[0]} == {"class 3"}
-    nulls = SearchIndex.open(index).search(draw_vectors(1, 32, seed=9), k=5)[0]
-    assert all("cls" in neighbour.columns for neighbour in nulls)
+    opened, query = SearchIndex.open(index), draw_vectors(1, 32, seed=9)
+    for condition in ("= 'class 3'", "in ('class 3', x)", "~ 'CLASS 3'", "^= 'class 3'"):
+        found = opened.search(query, k=600, where=f"cls {condition}")[0]
+        assert {neighbour.key for neighbour in found} == with_class
+        assert {neighbour.columns["cls"] for neighbour in found} == {"class 3"}
+    nulls = opened.search(query, k=700, where="cls is null")[0]
+    assert {neighbour.columns["cls"] for neighbour in nulls} == {None}
+    assert len(nulls) == 600

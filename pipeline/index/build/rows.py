@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import CorruptionError, ObjectMissingError
 from pipeline.index.faiss.codes import Floats, Halves
 from pipeline.index.files import FileStore
+from pipeline.index.search.keys import complete_columns
 from pipeline.index.manifest import FileInfo, SegmentInfo, ShardRows
 from pipeline.output.info import read_output_info
 from pipeline.records import Commit
@@ -177,15 +178,6 @@ def read_segment_rows(source: SegmentSource, files: FileStore, dim: int) -> Iter
         keys = pa.Table.from_batches([batch]).filter(pa.array(keep))
         first += batch.num_rows
         yield Block(normalise_rows(chosen), keys, (("", len(chosen), 0),))
-
-
-def complete_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Return the table with the types of ``schema`` for its columns of the type ``null``."""
-    for number, item in enumerate(table.schema):
-        if pa.types.is_null(item.type) and item.name in schema.names:
-            nulls = pa.nulls(len(table), schema.field(item.name).type)
-            table = table.set_column(number, item.name, nulls)
-    return table
 
 
 def list_parts(commits: Iterable[Commit]) -> list[PartSource]:

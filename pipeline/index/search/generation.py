@@ -220,8 +220,9 @@ class Generation:
             QueryError: The filter does not fit the columns.
         """
         masks: list[Mask | None] = []
+        columns = self.columns
         for segment, live in zip(self.segments, self.live, strict=True):
-            kept = segment.keys.filter_rows(where)
+            kept = segment.keys.filter_rows(where, columns)
             flags = kept if live is None else kept & live.flags
             masks.append(Mask.from_flags(flags, chosen=True))
         return masks

@@ -91,14 +91,19 @@ class Keys:
         same = pc.indices_nonzero(pc.ends_with(some, f"/{find_name(key)}"))
         yield from same[:SUGGEST_NAMES].to_pylist()
 
-    def filter_rows(self, where: ds.Expression) -> npt.NDArray[np.bool_]:
+    def filter_rows(self, where: ds.Expression, columns: pa.Schema) -> npt.NDArray[np.bool_]:
         """Return which rows a filter keeps.
+
+        Args:
+            where: The filter.
+            columns: Their types in the generation, for columns that hold nothing but nulls here.
 
         Raises:
             QueryError: It names a column that is not there, or compares what cannot be compared.
         """
         try:
-            scanner = ds.dataset(self._table).scanner(columns={"kept": where})
+            table = complete_columns(self._table, columns)
+            scanner = ds.dataset(table).scanner(columns={"kept": where})
             kept = scanner.to_table().column("kept")
         except (pa.ArrowException, KeyError) as error:
             reason = str(error).split(" in key: ")[0]
@@ -107,6 +112,15 @@ class Keys:
         if not pa.types.is_boolean(kept.type):
             raise QueryError(f"the filter {where} is no condition; compare a column with a value")
         return kept.fill_null(False).to_numpy().astype(bool)  # type: ignore[no-any-return]
+
+
+def complete_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return the table with the types of ``schema`` for its columns of the type ``null``."""
+    for number, item in enumerate(table.schema):
+        if pa.types.is_null(item.type) and item.name in schema.names:
+            nulls = pa.nulls(len(table), schema.field(item.name).type)
+            table = table.set_column(number, item.name, nulls)
+    return table
 
 
 def find_name(key: str) -> str:
