@@ -12,14 +12,10 @@ from typing import Any, cast
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-_REFUSAL = (
-    b"HTTP/1.1 429 Too Many Requests\r\nConnection: close\r\nRetry-After: 1\r\n"
-    b"Content-Type: application/problem+json\r\nContent-Length: %d\r\n\r\n%s"
-)
-_PROBLEM = (
-    b'{"type":"about:blank","title":"Too many requests","status":429,'
-    b'"code":"too_many_connections","detail":"too many connections from one address"}'
-)
+MAX_HEADERS_BYTES = 64 * 1024
+"""Longest request line and headers, together with what came in one read after them."""
+
+_REFUSAL = b"HTTP/1.1 %s\r\nConnection: close\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +47,7 @@ class BoundedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         self._limits = limits
         self._deadline: asyncio.TimerHandle | None = None
         self._address = ""
+        self._headers_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Count the connection, and wait for its first request."""
@@ -58,16 +55,18 @@ class BoundedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         self._address = self.client[0] if self.client else ""
         self._limits.open[self._address] += 1
         if 0 < self._limits.per_client < self._limits.open[self._address]:
-            transport.write(_REFUSAL % (len(_PROBLEM), _PROBLEM))
-            transport.close()
+            self._refuse(b"429 Too Many Requests")
         else:
             self._await_headers()
 
     def data_received(self, data: bytes) -> None:
         """Take some bytes of a request; whether they are the last of its headers, shows after."""
         super().data_received(data)
+        self._headers_bytes += len(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()  # from here on, the time limit of requests counts
+        elif self._headers_bytes > MAX_HEADERS_BYTES:
+            self._refuse(b"431 Request Header Fields Too Large")
 
     def on_response_complete(self) -> None:
         """Wait for the next request, unless it has come already."""
@@ -83,8 +82,14 @@ class BoundedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
             del self._limits.open[self._address]
         super().connection_lost(exc)
 
+    def _refuse(self, status: bytes) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(_REFUSAL % status)
+            self.transport.close()
+
     def _await_headers(self) -> None:
         self._stop_waiting()
+        self._headers_bytes = 0
         self._deadline = self.loop.call_later(self._limits.headers_timeout_s, self.transport.abort)
 
     def _stop_waiting(self) -> None:

@@ -62,6 +62,25 @@ def test_a_connection_that_does_not_come_to_a_request_is_closed(beginning):
         trickle_until_closed(connection)
 
 
+def test_headers_without_end_are_refused_however_fast_they_come():
+    with (
+        serve(headers_timeout_s=60) as connect,
+        connect() as connection,
+        contextlib.suppress(OSError),  # closed while we still send
+    ):
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
+        for number in range(100_000):
+            connection.sendall(b"X-%d: %s\r\n" % (number, b"x" * 1000))
+        pytest.fail("100 MB of headers were taken")
+
+
+def test_headers_of_some_size_are_taken():
+    with serve() as connect, connect() as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"x" * 30_000)
+        connection.sendall(b"\r\n\r\n")
+        assert b"200 OK" in connection.recv(1000)
+
+
 def test_a_silent_connection_is_closed():
     with serve(headers_timeout_s=0.1) as connect, connect() as connection:
         assert connection.recv(100) == b""

@@ -9,6 +9,7 @@ let apiKey = sessionStorage.getItem("api-key") ?? "";
 let info = null;
 let map = null;
 let running = new AbortController();
+const MAX_OFFSET = 1000; // the service leaves out no more
 
 // ---------------------------------------------------------------------- asking the service
 
@@ -94,7 +95,7 @@ function readState() {
   const query = new URLSearchParams(location.search);
   const upload = uploads.has(history.state?.upload) ? history.state.upload : null;
   return {
-    key: upload === null ? query.get("key") : null,
+    key: (upload === null && query.get("key")) || null,
     upload,
     filter: query.get("filter") ?? "",
     k: Number(query.get("k")) || 24,
@@ -260,7 +261,7 @@ function showAnswer(state, answer, results) {
   fillGrid(results, { scored: true });
   showClasses(answer.classes);
   map?.setMarks(state.key, results.map((result) => result.key));
-  $("more").hidden = answer.results.length < state.k;
+  $("more").hidden = answer.results.length < state.k || results.length > MAX_OFFSET;
   $("more").onclick = async () => {
     $("more").disabled = true;
     try {
