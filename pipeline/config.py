@@ -222,7 +222,8 @@ class ServeConfig:
     allow_public: bool = False
     """Let everybody in without a key, on any address."""
     allowed_hosts: tuple[str, ...] = ()
-    """Names the service may be called by; on a loopback address only localhost otherwise."""
+    """Names the service may be called by, beside localhost and addresses; on a loopback address
+    no others, elsewhere any, unless they are given here."""
     cors_origins: tuple[str, ...] = ()
     """Origins of other sites whose pages may call the API; none otherwise."""
     image_queries: bool = True

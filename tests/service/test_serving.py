@@ -21,6 +21,8 @@ from pipeline.errors import SettingsError
 
 ROOT = Path(__file__).parents[2]
 KEY = "photos/000.tar/00003.jpg"
+RAY_FLAGS = ("--ray-address", "local", "--cpus-per-replica", 0.5)
+"""A cluster of the job's own, whatever else runs on this machine."""
 
 
 @contextlib.contextmanager
@@ -52,7 +54,7 @@ def test_the_job_serves_in_one_process_until_it_is_told_to_stop(gallery):
             assert len(client.search(key=KEY, k=3).results) == 3
             server = httpx.get(f"{client._http.base_url}healthz").headers.get("server")
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     report = json.loads(out.splitlines()[-1])
     assert (report["job"], report["index"]) == ("serve", gallery.index)
@@ -163,7 +165,7 @@ def check_metrics_of_all_replicas(url):
 def test_a_stopped_service_on_ray_serve_answers_what_it_has_accepted(gallery, free_port):
     flags = ("--index", gallery.index, "--no-image-queries", "--port", free_port)
     with (
-        start_job(*flags, "--cpus-per-replica", 0.5) as process,
+        start_job(*flags, *RAY_FLAGS) as process,
         contextlib.ExitStack() as stack,
     ):
         url = read_url(process)
@@ -172,7 +174,7 @@ def test_a_stopped_service_on_ray_serve_answers_what_it_has_accepted(gallery, fr
         process.send_signal(signal.SIGTERM)
         wait_until(lambda: httpx.get(f"{url}/healthz").status_code != 200)
         assert [finish() for finish in requests] == [200] * 4
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert json.loads(out.splitlines()[-1])["job"] == "serve"
 
@@ -180,8 +182,8 @@ def test_a_stopped_service_on_ray_serve_answers_what_it_has_accepted(gallery, fr
 @pytest.mark.slow
 def test_replicas_that_cannot_start_end_the_job_with_their_own_reason(gallery, free_port):
     flags = ("--index", gallery.index, "--weights", "random:0", "--port", free_port)
-    with start_job(*flags, "--cpus-per-replica", 0.5) as process:
-        _, err = process.communicate(timeout=120)
+    with start_job(*flags, *RAY_FLAGS) as process:
+        _, err = process.communicate(timeout=240)
     assert process.returncode == 1
     assert "did not start: CorruptionError: " in err
     assert "other weights" in err
