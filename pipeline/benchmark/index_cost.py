@@ -14,11 +14,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.benchmark.index_recall import (
+    FilterRecall,
+    Paging,
+    count_paging,
+    measure_filters,
+)
 from pipeline.benchmark.synthetic import (
     SHARD_ROWS,
     commit_table,
     describe_output,
     generate_vectors,
+    iter_vectors,
     write_embeddings,
     write_shard,
 )
@@ -34,6 +41,9 @@ WARM_QUERIES = 200
 TIMED_QUERIES = 1000
 MAX_WARM_S, MAX_TIMED_S = 5.0, 20.0
 """Fewer queries are tried where each takes long."""
+
+PAGED_QUERIES = 2
+
 
 CLUSTER_ROWS = 500
 
@@ -75,6 +85,8 @@ class IndexCost:
         night_bytes: Bytes that a night wrote which added 1 % and removed 0.5 %.
         night_cpu_s: CPU seconds of that night.
         night_search: ``search`` after that night, with deletions and a delta.
+        filters: What searches with filters find.
+        paging: What reading answers page by page gives.
     """
 
     kind: str
@@ -91,6 +103,8 @@ class IndexCost:
     night_bytes: int
     night_cpu_s: float
     night_search: Latency
+    filters: tuple[FilterRecall, ...]
+    paging: Paging
 
 
 def measure_index(
@@ -106,8 +120,7 @@ def measure_index(
         seed: Draws other vectors.
     """
     embeddings = str(folder / "embeddings")
-    clusters = max(20, rows // CLUSTER_ROWS)
-    write_embeddings(embeddings, rows, dim, clusters=clusters, seed=seed)
+    write_embeddings(embeddings, rows, dim, clusters=_count_clusters(rows), seed=seed)
     context = multiprocessing.get_context("spawn")
     settings = {"folder": folder, "rows": rows, "seed": seed}
     costs = []
@@ -134,6 +147,9 @@ def _measure_kind(kind: str, embeddings: str, *, folder: Path, rows: int, seed: 
     queries = _draw(rows, WARM_QUERIES + TIMED_QUERIES, dim, seed=seed + 1)
     opened = SearchIndex.open(str(index))
     search, lookup = (time_queries(opened, queries, described=flag) for flag in (False, True))
+    blocks = iter_vectors(rows, dim, seed=seed, clusters=_count_clusters(rows))
+    filters = measure_filters(opened, blocks, queries[WARM_QUERIES:])
+    paging = count_paging(opened, queries[:PAGED_QUERIES])
     night, night_cpu_s = _measure_night(config, embeddings, rows=rows, dim=dim, seed=seed + 2)
     return IndexCost(
         kind=built["kind"],
@@ -150,6 +166,8 @@ def _measure_kind(kind: str, embeddings: str, *, folder: Path, rows: int, seed: 
         night_bytes=night["written_bytes"],
         night_cpu_s=round(night_cpu_s, 2),
         night_search=time_queries(SearchIndex.open(str(index)), queries, described=False),
+        filters=tuple(filters),
+        paging=paging,
     )
 
 
@@ -186,7 +204,11 @@ def _drop_rows(embeddings: str, commit: Commit, number: int, *, storage: Storage
 
 def _draw(rows: int, number: int, dim: int, *, seed: int) -> Floats:
     """Return other images of the collection that ``rows`` vectors were written of."""
-    return generate_vectors(number, dim, seed=seed, clusters=max(20, rows // CLUSTER_ROWS))
+    return generate_vectors(number, dim, seed=seed, clusters=_count_clusters(rows))
+
+
+def _count_clusters(rows: int) -> int:
+    return max(20, rows // CLUSTER_ROWS)
 
 
 def time_queries(index: SearchIndex, queries: Floats, *, described: bool) -> Latency:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.index.faiss.codes import Floats
@@ -99,9 +100,21 @@ def write_embeddings(output: str, rows: int, dim: int, *, clusters: int, seed: i
 
 def describe_output(dim: int) -> OutputInfo:
     """Return what an output of synthetic vectors says about itself."""
-    layout = Layout(chunk_images=SHARD_ROWS, chunk_bytes=1 << 30)
+    layout = Layout(chunk_images=SHARD_ROWS, chunk_bytes=1 << 30, carry=("side",))
     weights = "weights/none.safetensors"
-    return OutputInfo(make_space(dim), layout, pa.schema([]), weights, "synthetic")
+    carried = pa.schema([pa.field("side", pa.float64())])
+    return OutputInfo(make_space(dim), layout, carried, weights, "synthetic")
+
+
+def find_sides(vectors: Floats) -> npt.NDArray[np.float64]:
+    """Return how far vectors lie to one side, (n,): a label that goes with the vectors.
+
+    What lies on one side has hardly a neighbour on the other, so filters by it are hard.
+    """
+    direction = np.random.default_rng(vectors.shape[1]).standard_normal(vectors.shape[1])
+    lengths = np.linalg.norm(vectors, axis=1)
+    sides: npt.NDArray[np.float64] = vectors @ direction / np.maximum(lengths, 1e-9)
+    return sides
 
 
 def write_shard(
@@ -165,5 +178,6 @@ def _make_rows(name: str, vectors: Floats, info: OutputInfo) -> pa.Table:
         "nbytes": [99_000] * count,
         "sha256": [hashlib.sha256(key.encode()).digest()[:16] for key in keys],
         "embedding": pa.FixedSizeListArray.from_arrays(flat, info.space.dim),
+        "side": find_sides(vectors),
     }
     return pa.table(columns, schema=info.schema)

@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.benchmark.commands import run_module
 from pipeline.benchmark.findings import Row
 from pipeline.benchmark.index_cost import IndexCost, measure_index
+from pipeline.benchmark.index_recall import FilterRecall
 from pipeline.benchmark.memory import MemoryFindings, measure_memory
 from pipeline.config import BenchmarkConfig
 from pipeline.index.build.kinds import Selection, tabulate_selection
@@ -50,6 +51,9 @@ def _measure_index(config: BenchmarkConfig, folder: Path) -> dict[str, list[Row]
         costs += measure_index(rows, config.index_dim, folder=folder, kinds=config.index_kind)
     return {
         "Index": [_describe_index(cost) for cost in costs],
+        "Filtered searches": [
+            _describe_filter(cost, item) for cost in costs for item in cost.filters
+        ],
         "What --kind auto chooses": [_describe_choice(choice) for choice in tabulate_selection()],
     }
 
@@ -70,6 +74,20 @@ def _describe_index(cost: IndexCost) -> Row:
         "size MB": cost.size_bytes / 1e6,
         "night MB": cost.night_bytes / 1e6,
         "night CPU s": cost.night_cpu_s,
+        "rows paged": cost.paging.rows,
+        "doubled": cost.paging.doubled,
+        "lost": cost.paging.lost,
+    }
+
+
+def _describe_filter(cost: IndexCost, found: FilterRecall) -> Row:
+    return {
+        "vectors": cost.rows,
+        "kind": cost.kind,
+        "rows kept": f"{found.share:.1%}",
+        "queries": "far from them" if found.against else "among them",
+        **{f"recall@{k}": f"{value:.3f}" for k, value in found.recall_at.items()},
+        "lookup p50 ms": found.p50_ms,
     }
 
 
