@@ -27,15 +27,16 @@ mypy
 # tried once more by itself, and failing twice is a failure.
 run_tests() {
   pytest --durations=15 "$@" && return
-  say "trying again what failed"
-  pytest "$@" --last-failed --last-failed-no-failures=none
+  say "trying again what failed, one after the other"
+  pytest "$@" --numprocesses 0 --last-failed --last-failed-no-failures=none
 }
 
 say "pytest"
 if [ $# -gt 0 ]; then
   exec pytest --durations=15 "$@"
 fi
-run_tests -m "not slow"
+# Two at a time; tests that share a Ray or a server share a process (tests/conftest.py).
+run_tests -m "not slow" --numprocesses 2 --dist loadgroup
 if [ "${CI:-}" = true ]; then
   say "pytest, the slow ones"
   run_tests -m slow
