@@ -1,6 +1,7 @@
 """The nightly job: embed, index, report; one at a time."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,14 @@ from pipeline import SearchIndex
 from pipeline.cli import parse_settings
 from pipeline.config import IndexConfig, NightlyConfig, NightlyOptions
 from pipeline.embed_job.lease import Lease
-from pipeline.errors import AbortError, IncompleteError, LeaseError, SettingsError
+from pipeline.errors import (
+    AbortError,
+    CorruptionError,
+    IncompleteError,
+    LeaseError,
+    SettingsError,
+)
+from pipeline.index.job import build_index
 from pipeline.nightly import run_nightly
 from pipeline.output.commits import list_commits
 from pipeline.storage import Storage
@@ -111,6 +119,25 @@ def test_what_a_night_shows_but_does_not_need_never_fails_it(
     assert latest["freshness"]["indexed_rows"] == 6
     for what in ("the metrics file", "the page"):
         assert f"the night goes on without {what}: " in caplog.text
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_is_said_of_a_damaged_part_makes_the_night_whole(
+    night: NightlyConfig, tmp_path: Path
+) -> None:
+    run_nightly(night)
+    for how in ("lost", "cut"):
+        [commit] = list_commits(night.embed.output, Storage()).values()
+        part = tmp_path / "out" / commit.parts[0].path
+        part.unlink() if how == "lost" else part.write_bytes(part.read_bytes()[:-50])
+        config = replace(night.index, index=str(tmp_path / how), embeddings=night.embed.output)
+        with pytest.raises(CorruptionError) as caught:
+            build_index(config)
+        said = re.search(r"; delete (\S+) and run the embed job again", str(caught.value))
+        assert said is not None
+        Path(said[1]).unlink()
+        assert run_nightly(night).freshness.indexed_rows == 6
+        assert build_index(config).rows == 6
 
 
 def test_one_toml_holds_the_settings_of_all(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from pipeline.errors import CorruptionError
 from pipeline.index.faiss.codes import Doubles, Floats, Halves, Rows, Stored
-from pipeline.index.files import FileStore
+from pipeline.index.files import REMEDY, FileStore
 from pipeline.index.manifest import FileInfo, SegmentInfo
 
 Flags = npt.NDArray[np.bool_]
@@ -71,8 +71,9 @@ def open_vectors(path: Path, segment: SegmentInfo, dim: int) -> Halves:
         CorruptionError: The file is not as long as the rows need.
     """
     if segment.files["vectors"].size_bytes != 2 * dim * segment.rows:
+        path_shown = segment.files["vectors"].path
         raise CorruptionError(
-            f"{segment.files['vectors'].path} does not hold {segment.rows} vectors of {dim}"
+            f"{path_shown} does not hold {segment.rows} vectors of {dim}; {REMEDY}"
         )
     # As a plain array: indexing the subclass costs more than the copy it makes.
     return np.asarray(np.memmap(path, np.float16, "r", shape=(segment.rows, dim)))

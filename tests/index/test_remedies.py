@@ -1,6 +1,8 @@
 """Damage, then do what the message says, and find all well: for every file of an index."""
 
+import ast
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +11,11 @@ import pytest
 
 from index.corpus import STORAGE, Built, Corpus, build, check_healthy, make_corpus
 from pipeline.config import IndexConfig
-from pipeline.errors import CorruptionError, PipelineError
+from pipeline.errors import ConflictError, CorruptionError, PipelineError, PublishError
+from pipeline.index.files import describe_file
 from pipeline.index.job import build_index
-from pipeline.index.pointer import manifest_path, read_current
+from pipeline.index.manifest import digest_bytes
+from pipeline.index.pointer import look_up, manifest_path, read_current
 from pipeline.index.search.search_index import SearchIndex
 
 SETTINGS = {"kind": "ivf-sq8", "queries": 30}
@@ -281,3 +285,110 @@ def test_a_budget_that_changed_is_trained_for_anew(tmp_path):
         build(corpus, index, kind="rabitq", queries=30, memory_budget=budget, full=True)
         codecs.add(read_current(index, STORAGE).codec.file.sha256)
     assert len(codecs) == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("index", "FAISS cannot read .*; build again with --full"),
+        ("vectors", "vectors.f16 does not hold .*; restore it, or build again with --full"),
+        ("tombstones", "does not hold .* rows; restore it, or build again with --full"),
+        ("order", "keys for .* rows; restore it, or build again with --full"),
+    ],
+)
+def test_a_file_that_was_published_wrong_is_made_again_by_a_full_build(healthy, index, kind, words):
+    """Its digest is its manifest's, so that it shows only when it is opened."""
+    manifest = read_current(index, STORAGE)
+    main, *others = manifest.segments
+    old = manifest.tombstones[main.id].file if kind == "tombstones" else main.files[kind]
+    data = bytes(old.size_bytes) if kind == "tombstones" else b"x" * 40
+    Path(index, old.path).write_bytes(data)
+    new = describe_file(Path(index, old.path), old.path)
+    if kind == "tombstones":
+        dead = dict(manifest.tombstones) | {
+            main.id: replace(manifest.tombstones[main.id], file=new)
+        }
+        forged = replace(manifest, tombstones=dead)
+    else:
+        main = replace(main, files=dict(main.files) | {kind: new})
+        forged = replace(manifest, segments=(main, *others))
+    forged_bytes = forged.to_json()
+    Path(index, manifest_path(manifest.generation)).write_bytes(forged_bytes)
+    pointer = replace(look_up(index, STORAGE).pointer, manifest_sha256=digest_bytes(forged_bytes))
+    Path(index, "CURRENT").write_bytes(pointer.to_json())
+    with pytest.raises(CorruptionError, match=words):
+        SearchIndex.open(index)
+    build(healthy.corpus, index, full=True, **SETTINGS)
+    check_healthy(healthy.corpus, index, **SETTINGS)
+
+
+REMEDIES = {
+    "restore it, or build again with --full": "test_restoring_a_file_is_a_remedy_too",
+    "build again with --full": "test_every_remedy_in_a_message_leads_to_a_healthy_index",
+    "run the index job again, which goes on from": "test_an_unchanged_night_notices_what_is",
+    "roll back to another with --roll-back, or build again with --full": (
+        "test_a_pinned_generation_that_is_damaged_says_so_and_both_remedies_work"
+    ),
+    "check the URI, or run index first": (
+        "test_every_remedy_in_a_message_leads_to_a_healthy_index"
+    ),
+    "check the URI, or run embed first": "test_no_embeddings_no_index_and_no_rows_are_told_apart",
+    "run embed first": "test_no_embeddings_no_index_and_no_rows_are_told_apart",
+    "check the URI": "test_rolling_back_to_what_is_not_there_lists_what_is",
+    "run again to build on what it published": "test_the_loser_of_a_race_takes_its_manifest_away",
+    "run again": "test_a_build_that_reuses_what_is_collected_meanwhile_is_refused_and_then_runs",
+    "run again when nothing else is": "test_a_pointer_that_keeps_changing_is_left_alone",
+    "upgrade it": "test_an_index_of_a_newer_format_is_left_alone",
+    "--force publishes all the same": "test_a_gate_that_training_anew_does_not_mend_refuses_after",
+    "pass --embeddings with the embed job's output": "test_embeddings_have_to_be_given",
+    "use another --index": "test_embeddings_of_another_space_are_refused_by_name",
+    "use --kind auto": "test_too_few_vectors_for_the_lists_say_so",
+    "use auto": "test_an_unknown_kind_names_those_there_are",
+    "and run the embed job again, which makes that shard's parts anew": (
+        "test_what_is_said_of_a_damaged_part_makes_the_night_whole"
+    ),
+    "leave --embeddings out": "test_the_index_is_built_from_the_night_s_own_embeddings",
+    "run jobs/embed.py": "test_the_index_is_built_from_the_night_s_own_embeddings",
+}
+ADVICE = re.compile(r"--[a-z]|\bagain\b|\b(?:run|use|pass|check|upgrade|restore|delete) ")
+
+
+def list_advice() -> list[str]:
+    """Return the advice in every message that the index and the nightly job raise."""
+    root = Path(__file__).resolve().parents[2] / "pipeline"
+    elsewhere = {"where.py", "values.py", "neighbour.py", "command.py", "package.py"}
+    paths = [p for p in (root / "index").rglob("*.py") if p.name not in elsewhere]
+    found = []
+    for path in [*paths, root / "nightly.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = isinstance(node, ast.Assign) and "REMEDY" in ast.unparse(node.targets[0])
+            if not named and not isinstance(node, ast.Raise):
+                continue
+            texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
+            advice = "".join(text for text in texts if isinstance(text, str)).rpartition("; ")[2]
+            if ADVICE.search(advice):
+                found.append(advice.strip())
+    return found
+
+
+def test_every_advice_in_a_message_has_a_test_that_follows_it():
+    tests = Path(__file__).resolve().parents[1]
+    named = "".join(path.read_text() for path in tests.rglob("test_*.py"))
+    advice = list_advice()
+    assert len(advice) > 20
+    unknown = [text for text in advice if not any(known in text for known in REMEDIES)]
+    assert unknown == []
+    assert [test for test in REMEDIES.values() if f"def {test}" not in named] == []
+
+
+def test_a_pointer_that_keeps_changing_is_left_alone(healthy, index, monkeypatch):
+    def refuse(*_):
+        raise ConflictError("somebody was first")
+
+    first = sorted(item.name for item in Path(index, "generations").iterdir())[0]
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.storage.Storage.put_if_version", refuse)
+        with pytest.raises(PublishError, match="kept changing for 8 tries; run again when nothing"):
+            build(healthy.corpus, index, roll_back=first)
+    build(healthy.corpus, index, roll_back=first)
+    assert SearchIndex.open(index).info.generation == first

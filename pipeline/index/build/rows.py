@@ -104,17 +104,23 @@ def read_part(embeddings: str, source: PartSource, storage: Storage) -> pa.Table
         data = pa.BufferReader(storage.read(uri))
         table = pq.ParquetFile(data, page_checksum_verification=True).read(use_threads=False)
     except ObjectMissingError as error:
-        raise CorruptionError(f"{uri} is missing; check with embed --verify") from error
+        raise CorruptionError(f"{uri} is missing; {_explain(embeddings, source)}") from error
     except (pa.ArrowException, OSError) as error:
         raise CorruptionError(
-            f"{uri} cannot be read: {error}; check with embed --verify"
+            f"{uri} cannot be read: {error}; {_explain(embeddings, source)}"
         ) from error
     if table.num_rows != source.rows:
         raise CorruptionError(
             f"{uri} has {table.num_rows} rows, its commit says {source.rows}; "
-            "check with embed --verify"
+            f"{_explain(embeddings, source)}"
         )
     return table
+
+
+def _explain(embeddings: str, source: PartSource) -> str:
+    """Return what to do about a damaged part."""
+    commit = join_uri(embeddings, "commits", f"{source.shard_id}.json")
+    return f"delete {commit} and run the embed job again, which makes that shard's parts anew"
 
 
 def read_part_rows(embeddings: str, source: PartSource, *, storage: Storage) -> Block:

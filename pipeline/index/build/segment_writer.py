@@ -17,7 +17,7 @@ from pipeline.index.faiss import codes
 from pipeline.index.faiss.codec import Codec, read_codec
 from pipeline.index.faiss.codes import Floats
 from pipeline.index.files import FileStore, describe_file
-from pipeline.index.faiss.package import set_threads
+from pipeline.index.faiss.package import describe_engine, set_threads
 from pipeline.index.manifest import (
     CodecInfo,
     FileInfo,
@@ -76,7 +76,8 @@ class SegmentTask:
         sources = [_identify(source) for source in self.sources]
         queries = {name: file.sha256 for name, file in self.queries.items()}
         kind = [self.dim, self.codec.id, self.codec.kind, self.delta, self.packed]
-        return digest_json([BUILD_VERSION, kind, queries, sources])
+        tools = [BUILD_VERSION, describe_engine().version]
+        return digest_json([tools, kind, queries, sources])
 
 
 def _identify(source: PartSource | SegmentSource) -> list[Any]:

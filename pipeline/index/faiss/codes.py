@@ -76,7 +76,9 @@ def read_index(path: Path, *, shown_as: str) -> Any:
         try:
             return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
         except (RuntimeError, MemoryError) as error:
-            raise CorruptionError(f"FAISS cannot read {shown_as}: {error}") from error
+            raise CorruptionError(
+                f"FAISS cannot read {shown_as}: {error}; build again with --full"
+            ) from error
         finally:
             faiss.set_deserialization_vector_byte_limit(limit)
 

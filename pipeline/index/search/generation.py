@@ -20,7 +20,7 @@ from pipeline.errors import (
 from pipeline.index.faiss.codec import Codec
 from pipeline.index.faiss.codes import Doubles, Floats, Rows
 from pipeline.index.faiss.package import set_threads
-from pipeline.index.files import FileStore
+from pipeline.index.files import REMEDY, FileStore
 from pipeline.index.manifest import Manifest, SearchParams
 from pipeline.index.map import MapPoints, read_map
 from pipeline.index.search.keys import choose_similar
@@ -84,7 +84,9 @@ class Generation:
             return None
         dead = read_bits(files, tombstones.file, segment.info.rows)
         if int(dead.sum()) != tombstones.rows:
-            raise CorruptionError(f"{tombstones.file.path} does not hold {tombstones.rows} rows")
+            raise CorruptionError(
+                f"{tombstones.file.path} does not hold {tombstones.rows} rows; {REMEDY}"
+            )
         return Mask.from_flags(~dead, chosen=False)
 
     @property

@@ -14,7 +14,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from pipeline.errors import CorruptionError, QueryError
-from pipeline.index.files import FileStore
+from pipeline.index.files import REMEDY, FileStore
 from pipeline.index.manifest import SegmentInfo
 from pipeline.index.search.values import read_scalar
 
@@ -50,7 +50,7 @@ class Keys:
         if not len(self._table) == len(self._order) == info.rows:
             raise CorruptionError(
                 f"segment {info.id} of {files.index} has {len(self._table)} keys for "
-                f"{info.rows} rows"
+                f"{info.rows} rows; {REMEDY}"
             )
 
     def read_row(self, row: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pipeline.errors import CorruptionError
 from pipeline.index.faiss import codes
 from pipeline.index.faiss.codec import Codec, read_codec
 from pipeline.index.faiss.codes import Bits, Doubles, Floats, Rows, Stored
-from pipeline.index.files import FileStore
+from pipeline.index.files import REMEDY, FileStore
 from pipeline.index.manifest import (
     CodecInfo,
     SearchParams,
@@ -129,7 +129,7 @@ class Segment:
         shown_as = join_uri(files.index, info.files["index"].path)
         index = codes.read_index(files.fetch(info.files["index"]), shown_as=shown_as)
         if index.ntotal != info.rows:
-            raise CorruptionError(f"{shown_as} has {index.ntotal} rows, not {info.rows}")
+            raise CorruptionError(f"{shown_as} has {index.ntotal} rows, not {info.rows}; {REMEDY}")
         codec.attach(index)
         self._index, self._flat = index, codes.get_flat(index)
         halves = open_vectors(files.fetch(info.files["vectors"]), info, codec.dim)
