@@ -60,7 +60,8 @@ class EmbedConfig:
     """Embed image shards: one row per image, exactly once."""
 
     input: tuple[str, ...]
-    """Prefixes, objects or folders to read: tar or Parquet shards, loose images, URI lists."""
+    """Prefixes, objects or folders to read: tar or Parquet shards, loose images, URI lists;
+    wildcards (*.tar) and brace ranges ({000..127}.tar) too."""
     output: str
     """Where the embeddings go; an existing output is resumed and brought up to date."""
     model: str

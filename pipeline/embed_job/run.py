@@ -137,6 +137,12 @@ def _refuse_overlap(output: str, listing: Listing) -> None:
                 f"the output {output!r} lies inside the input {root!r}, so the next run would read "
                 "its parts as shards; choose an --output beside the input"
             )
+    inside = next((s for s in listing.sources if s.info.uri.startswith(f"{output}/")), None)
+    if inside is not None:
+        raise SettingsError(
+            f"the input takes {inside.info.uri} out of the output {output!r}; choose an --output "
+            "that no --input names"
+        )
 
 
 def _verify(config: EmbedConfig, storage: Storage) -> VerifyReport:

@@ -32,14 +32,16 @@ from pipeline.input.kinds import (
     tell_kind,
     tell_reason,
 )
+from pipeline.input.patterns import survey_pattern
 from pipeline.records import FailedObject, ObjectInfo, Shard, ShardKind, digest_json
-from pipeline.storage import Storage, normalise_uri
+from pipeline.storage import Storage, join_uri, normalise_uri
 
 MAX_NAMES = 20
 """Most names that are kept of what is set aside for one reason."""
 
 _THREADS = 32
 
+SourceKind = Literal["tar", "parquet", "image"]
 InputKind = Literal["auto", "tar", "parquet", "images", "list"]
 Known = Callable[[], Container[tuple[str, str]]]
 
@@ -55,7 +57,7 @@ class Source:
         info: The object as listed.
     """
 
-    kind: Literal["tar", "parquet", "image"]
+    kind: SourceKind
     root: str
     name: str
     info: ObjectInfo
@@ -125,7 +127,8 @@ def list_sources(
     """List the inputs.
 
     Args:
-        inputs: Prefixes, folders, single objects, or lists of URIs.
+        inputs: Prefixes, folders, single objects, lists of URIs, or patterns of them (see
+            ``patterns``), where nothing has such a name.
         kind: What they hold; ``"auto"`` decides by each object's name, and by its first bytes
             where the name does not tell.
         storage: How to reach them.
@@ -196,11 +199,11 @@ def _group(aside: Mapping[str, str]) -> dict[str, SetAside]:
 
 
 def _list_root(root: str, kind: InputKind, storage: Storage, known: Known) -> _Found:
-    objects, failed = storage.survey(root)
+    base, objects, failed = _survey(root, storage)
     found = _Found(listed={o.uri for o in objects} | {o.uri for o in failed})
     unknown: list[Source] = []
     for info in objects:
-        name = _name_under(root, info.uri)
+        name = _name_under(base, info.uri)
         verdict, reason = _classify(name, info, kind, explicit=info.uri == root)
         if verdict == "list":
             found.listed.discard(info.uri)  # what it names is listed, not the list
@@ -212,7 +215,7 @@ def _list_root(root: str, kind: InputKind, storage: Storage, known: Known) -> _F
         else:
             found.aside[info.uri] = reason
     for entry in failed:
-        if why := _why_not_wanted(_name_under(root, entry.uri)):
+        if why := _why_not_wanted(_name_under(base, entry.uri)):
             found.aside[entry.uri] = why
         else:
             found.failed[entry.uri] = entry.reason
@@ -230,8 +233,17 @@ def _why_not_wanted(path: str) -> str | None:
     return tell_reason(path)
 
 
-def _name_under(root: str, uri: str) -> str:
-    return posixpath.basename(root) if uri == root else uri[len(root) :].lstrip("/")
+def _survey(root: str, storage: Storage) -> tuple[str, list[ObjectInfo], list[FailedObject]]:
+    """List an input; return with it the folder under which its objects have their names."""
+    objects, failed = storage.survey(root)
+    if not objects and not failed:
+        return survey_pattern(root, storage) or (root, [], [])
+    return root, objects, failed
+
+
+def _name_under(base: str, uri: str) -> str:
+    # One slash only: ``a//b`` and ``a/b`` are two objects to a store.
+    return posixpath.basename(base) if uri == base else uri[len(base) :].removeprefix("/")
 
 
 _Verdict = Literal["tar", "parquet", "image", "list", "unknown"]
@@ -301,14 +313,17 @@ def _read_list(info: ObjectInfo, storage: Storage, found: _Found) -> None:
 
     def look_up(uri: str) -> Source | FailedObject:
         name = uri.split("://", 1)[-1].lstrip("/")
+        told = tell_kind(name)
+        kind: SourceKind = told if told in ("tar", "parquet") else "image"
         try:
-            return Source("image", info.uri, name, storage.stat(uri))
+            return Source(kind, info.uri, name, storage.stat(uri))
         except (CredentialsError, UnreachableError):
             raise
         except StorageError as error:
             return FailedObject(uri, str(error))
 
-    uris = [normalise_uri(uri) for uri in _parse_list(info.uri, storage.read(info.uri))]
+    texts = _parse_list(info.uri, storage.read(info.uri))
+    uris = _unique(_resolve(text, info.uri) for text in texts)
     with ThreadPoolExecutor(_THREADS) as pool:
         for entry in pool.map(look_up, uris):
             if isinstance(entry, FailedObject):
@@ -316,6 +331,13 @@ def _read_list(info: ObjectInfo, storage: Storage, found: _Found) -> None:
             else:
                 found.sources.append(entry)
     found.listed |= set(uris)
+
+
+def _resolve(text: str, list_uri: str) -> str:
+    """Return the URI of an entry, which is relative to the folder of its list."""
+    if "://" in text or text.startswith(("/", "~")):
+        return normalise_uri(text)
+    return normalise_uri(join_uri(list_uri.rpartition("/")[0], text.removeprefix("./")))
 
 
 def _parse_list(uri: str, data: bytes) -> list[str]:
