@@ -14,8 +14,9 @@ from pipeline.images.host import Crop
 from pipeline.images.pool import Call, DecodePool, Job
 from pipeline.records import Embedding, Record
 
-_FILLING = 2  # batches that processes fill at once, so that none waits for the end of one batch
-_GROUPS_PER_PROCESS = 2  # in a batch
+FILLING = 3
+"""Batches that processes fill at once, so that none waits for the end of one batch."""
+
 _GROUP_BYTES = 8 * 2**20
 
 
@@ -153,7 +154,7 @@ class _Filling:
         while self._todo:
             item = next((item for item in self._open.values() if item.free), None)
             if item is None:
-                if len(self._open) == _FILLING:
+                if len(self._open) == FILLING:
                     return
                 item = self._open_batch()
             jobs = self._make_group(item)
@@ -168,7 +169,7 @@ class _Filling:
         return item
 
     def _make_group(self, item: _Open) -> list[Job]:
-        share = len(item.batch.buffer.pixels) // (_GROUPS_PER_PROCESS * self._pool.processes)
+        share = len(item.batch.buffer.pixels) // self._pool.processes  # each costs the lock once
         most = max(1, min(share, GROUP_IMAGES, len(item.free)))
         jobs: list[Job] = []
         nbytes = 0

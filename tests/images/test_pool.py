@@ -22,6 +22,7 @@ from pictures import encode, make_hostile_pictures, make_jpeg, make_picture
 from PIL import Image
 
 from pipeline.errors import ShortageError
+from pipeline.images.batches import FILLING
 from pipeline.images.buffers import SharedBuffers
 from pipeline.images.crops import HostCropMaker
 from pipeline.images.decode import ImageLimits, image_digest
@@ -140,7 +141,7 @@ def test_every_image_gets_the_bits_and_the_reason_of_decoding_in_place(
         for item in inline.make(records)
     ]
     assert [found[i] for i in range(len(records))] == expected
-    assert sum(size < batch_size for size in sizes) <= 2  # the ends of the two that are filled
+    assert sum(size < batch_size for size in sizes) <= FILLING
 
 
 @pytest.mark.parametrize(
@@ -487,14 +488,14 @@ def test_a_call_that_nobody_reads_to_its_end_gives_its_buffers_back(make_maker: 
         batch = next(batches)
         batches.close()
         maker._buffers.give_back(batch.buffer)
-    assert len(maker._buffers._mapped) <= 3
+    assert len(maker._buffers._mapped) <= FILLING + 1
     assert list_statuses(maker, GOOD) == ["ok"] * 6
 
 
 def test_memory_is_bounded_by_the_batches_under_way(make_maker: Make) -> None:
     maker = make_maker(2, batch_size=2)
     for batch in maker.make_batches(make_records(GOOD * 20), lambda: 2):
-        assert len(maker._buffers._mapped) <= 3
+        assert len(maker._buffers._mapped) <= FILLING + 1
         maker._buffers.give_back(batch.buffer)
 
 
