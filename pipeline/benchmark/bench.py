@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pipeline.backbones import list_backbones
+from pipeline.benchmark.drift import measure_drift
 from pipeline.benchmark.findings import (
     BenchmarkReport,
     ModelFindings,
@@ -25,7 +26,7 @@ from pipeline.benchmark.findings import (
 from pipeline.benchmark.overlap import profile_overlap
 from pipeline.benchmark.programs import measure_programs
 from pipeline.benchmark.rounds import Contender, Rate, summarise, take_turns
-from pipeline.benchmark.samples import collect_images, write_samples
+from pipeline.benchmark.samples import collect_images, draw_photograph, write_samples
 from pipeline.benchmark.scaling import measure_scaling
 from pipeline.benchmark.setting import JOBS, Setting, count_cores, has_timm, prepare_setting
 from pipeline.benchmark.tables import MEASURES, measure_tables
@@ -35,6 +36,7 @@ from pipeline.log import LOG
 from pipeline.storage import Storage
 
 _ROUND_IMAGES = 128  # most images in a round of what is measured in a process of its own
+_LARGE_SIZE = (4000, 3000)
 _SHARDS_PER_CORE = 4  # so that all cores are busy to the end, and batches are full
 _LONG_RUN = 5  # times the images of a program's short run
 
@@ -101,6 +103,8 @@ def _measure(setting: Setting) -> ModelFindings:
     tables: dict[str, list[Row]] = {}
     if "overlap" in wanted:
         tables["One actor beside a device of its speed"] = [profile_overlap(setting)]
+    if {"host", "decode"} <= set(wanted):
+        tables["Embeddings of decode fast beside those of exact"] = [measure_drift(setting)]
     if "scaling" in wanted:
         tables["Scaling"] = [asdict(row) for row in measure_scaling(setting)]
     return ModelFindings(rates, ratios, advice, tables)
@@ -141,13 +145,17 @@ def _list_forward_contenders(setting: Setting) -> dict[str, Contender]:
 
 
 def _list_host_contenders(setting: Setting) -> dict[str, Contender]:
-    contenders = {
-        "host": _start_worker("host", setting),
-        "pillow": _start_worker("pillow", setting),
-        "host-all": _start_worker("host", setting, processes=setting.cores),
-    }
-    if "decode" in setting.config.measure:
-        contenders["host-fast"] = _start_worker("host", setting, decode="fast")
+    large = write_samples([draw_photograph(0, _LARGE_SIZE)], 2, setting.large, per_shard=2)
+    sizes = {"": setting.short, "-large": large}
+    contenders = {"host-all": _start_worker("host", setting, processes=setting.cores)}
+    for suffix, samples in sizes.items():
+        spec = asdict(samples)
+        contenders[f"host{suffix}"] = _start_worker("host", setting, **spec)
+        contenders[f"pillow{suffix}"] = _start_worker("pillow", setting, **spec)
+        if "decode" in setting.config.measure:
+            contenders[f"host{suffix}-fast"] = _start_worker(
+                "host", setting, **spec | {"decode": "fast"}
+            )
     return contenders
 
 

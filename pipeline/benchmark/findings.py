@@ -124,7 +124,8 @@ def compare(rates: Mapping[str, Rate], *, engine: str, on_gpu: bool) -> dict[str
     pairs = [
         *itertools.product(forwards, ("timm-forward", "timm-compiled", "arithmetic")),
         ("forward:openvino", "timm-openvino"),
-        *(("host", "pillow"), ("host-fast", "host")),
+        *(("host", "pillow"), ("host-fast", "pillow")),
+        *(("host-large", "pillow-large"), ("host-large-fast", "pillow-large")),
         *(("job", "dataloader"), ("job", "ray-recipe")),
         *(("job-fast", "job"), ("job-decode-stage", "job")),
     ]

@@ -45,6 +45,11 @@ class Setting:
     folder: Path
 
     @property
+    def large(self) -> Path:
+        """Folder of the photographs of 12 megapixels."""
+        return self.folder / f"large-{self.model}"
+
+    @property
     def batch_size(self) -> int:
         """Images in one forward pass."""
         return self.config.batch_size or (16 if self.device == "cpu" else 128)

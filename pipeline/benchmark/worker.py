@@ -21,8 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.backbones import create_backbone
 from pipeline.benchmark.rounds import serve_rounds
-from pipeline.images.decode import ImageLimits, decode_image, image_digest
-from pipeline.images.resize import DataConfig, resize_and_crop
+from pipeline.images.decode import ImageLimits
+from pipeline.images.host import CropRecipe, make_crop
+from pipeline.images.resize import DataConfig
 from pipeline.inference.deviation import draw_probes
 from pipeline.inference.engines import DTYPES, EngineOptions, Pixels, build_engine
 from pipeline.input.container import ReadOptions
@@ -87,45 +88,27 @@ def count_flops(model: str, image_size: int) -> int:
 def make_host_round(spec: Mapping[str, Any]) -> Round:
     """Return rounds of everything but the forward pass: read, decode, digest, resize, crop."""
     storage, data_config = Storage(), _read_data_config(spec)
-    draft_size = 2 * data_config.resize_size if spec["decode"] == "fast" else None
+    fast = spec["decode"] == "fast"
+    recipe = CropRecipe(data_config, exif=spec["exif"], fast=fast, limits=ImageLimits())
     listing = list_sources([spec["shards"]], "tar", storage)
     shards = [make_object_shard(source, chunking=()) for source in listing.sources]
     batch = np.zeros((16, data_config.image_size, data_config.image_size, 3), np.uint8)
 
     def run_round() -> tuple[int, Mapping[str, float]]:
         seconds = dict.fromkeys(("read", "decode", "transform"), 0.0)
-        clock = _Clock(seconds)
-        images = 0
+        images, start_s = 0, time.thread_time()
         for shard in shards:
             for chunk in read_chunks(shard, storage=storage, options=ReadOptions()):
-                clock.book("read")
                 for record in chunk.records:
-                    decoded = decode_image(
-                        record.data, limits=ImageLimits(), exif=spec["exif"], draft_size=draft_size
-                    )
-                    clock.book("decode")
-                    batch[images % len(batch)] = resize_and_crop(
-                        decoded.image, data_config, size=decoded.size, box=decoded.box
-                    )
-                    image_digest(record.data)
-                    clock.book("transform")
+                    crop = make_crop(record.data, recipe)
+                    batch[images % len(batch)] = crop.pixels
+                    seconds["decode"] += crop.decode_s
+                    seconds["transform"] += crop.transform_s
                     images += 1
+        seconds["read"] = time.thread_time() - start_s - sum(seconds.values())
         return images, seconds
 
     return run_round
-
-
-class _Clock:
-    """Books CPU time since the last booking on a stage."""
-
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self._seconds = seconds
-        self._last_s = time.thread_time()
-
-    def book(self, stage: str) -> None:
-        now_s = time.thread_time()
-        self._seconds[stage] += now_s - self._last_s
-        self._last_s = now_s
 
 
 def make_pillow_round(spec: Mapping[str, Any]) -> Round:

@@ -17,7 +17,7 @@ except ImportError:  # there is no wheel for every platform
 _MODES = ("RGB", "L")
 
 
-def decode_jpeg(data: bytes, image: Image.Image, *, scaled: bool) -> Pixels | None:
+def decode_jpeg(data: bytes | memoryview, image: Image.Image, *, scaled: bool) -> Pixels | None:
     """Decode to the bits of Pillow, or return None of what Pillow shall decode.
 
     Args:

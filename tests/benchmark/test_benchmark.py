@@ -24,8 +24,8 @@ from pipeline.benchmark.samples import collect_images, draw_photograph, write_sa
 from pipeline.benchmark.worker import count_flops, loop_over_pillow
 from pipeline.config import BenchmarkConfig, StorageOptions
 from pipeline.errors import AbortError, SettingsError
-from pipeline.images.decode import ImageLimits, decode_image
-from pipeline.images.resize import resize_and_crop
+from pipeline.images.decode import ImageLimits
+from pipeline.images.host import CropRecipe, make_crop
 from pipeline.images.transforms import resolve_data_config
 
 TURN = """
@@ -235,9 +235,8 @@ def test_the_pillow_loop_that_is_compared_with_gives_the_same_crops():
     data_config = resolve_data_config("fbnetv3_b.ra2_in1k")
     for seed, size in enumerate([(640, 480), (333, 500)]):
         data = make_jpeg(seed, size)
-        image = decode_image(data, limits=ImageLimits()).image
-        ours, theirs = resize_and_crop(image, data_config), loop_over_pillow(data, data_config)
-        assert (ours == theirs).all()
+        recipe = CropRecipe(data_config, exif="apply", fast=False, limits=ImageLimits())
+        assert (make_crop(data, recipe).pixels == loop_over_pillow(data, data_config)).all()
 
 
 @pytest.mark.slow
