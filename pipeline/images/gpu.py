@@ -20,23 +20,12 @@ from pipeline.images.crops import CropMaker, data_config_of
 from pipeline.images.decode import ImageHeader, ImageLimits, image_digest, read_header
 from pipeline.images.host import Crop
 from pipeline.images.resize import locate_crop
+from pipeline.images.turns import TURNS
 from pipeline.records import Embedding, Record, Space
 
 _GROUP_IMAGES = 32
 _MODES = ("RGB", "L")
 _MAX_ASPECT_RATIO = 16
-
-# how to turn (3, H, W) upright, by EXIF orientation: transpose first, then flip these axes
-_TURNS: dict[int, tuple[bool, tuple[int, ...]]] = {
-    1: (False, ()),
-    2: (False, (2,)),
-    3: (False, (1, 2)),
-    4: (False, (1,)),
-    5: (True, ()),
-    6: (True, (2,)),
-    7: (True, (1, 2)),
-    8: (True, (1,)),
-}
 
 
 def find_gpu_decoder_version() -> str:
@@ -135,9 +124,9 @@ class GpuCropMaker:
 
     def _cut(self, picture: Tensor, header: ImageHeader) -> Tensor:
         """Turn a picture, uint8 (3, H, W), upright, resize it and return its crop, (S, S, 3)."""
-        transposed, flipped = _TURNS[header.orientation if self._upright else 1]
-        picture = picture.transpose(1, 2) if transposed else picture
-        picture = picture.flip(flipped) if flipped else picture
+        turn = TURNS[header.orientation if self._upright else 1]
+        picture = picture.transpose(1, 2) if turn.transposed else picture
+        picture = picture.flip([2] * turn.mirrored + [1] * turn.flipped)
         size = (picture.shape[2], picture.shape[1])
         (width, height), (left, top, right, bottom) = locate_crop(size, self._data_config)
         resized = F.interpolate(
