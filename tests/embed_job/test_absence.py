@@ -4,9 +4,10 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,8 +17,8 @@ from runs import assert_same_rows, make_config, read_rows
 from s3.faulty_proxy import Fault
 
 from pipeline.config import StorageOptions
-from pipeline.embed_job import dataflow
-from pipeline.embed_job.actors import EmbedActor, FlowSettings
+from pipeline.embed_job import actors, dataflow, run
+from pipeline.embed_job.actors import EmbedActor, FlowSettings, make_embedder
 from pipeline.embed_job.resources import Resources
 from pipeline.embed_job.run import embed
 from pipeline.embed_job.wire import LoadBounds, Receipt, read_loads, unpack_receipts
@@ -30,6 +31,8 @@ from pipeline.errors import (
     SettingsError,
     StorageError,
 )
+from pipeline.inference.embedder import Embedder
+from pipeline.input.listing import Listing
 from pipeline.output.commits import list_commits
 from pipeline.records import Shard
 from pipeline.storage import Storage
@@ -39,10 +42,24 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this process read, embed and write what Ray's tasks and actors would."""
+    """Let this process read, embed and write what Ray's tasks and actors would.
+
+    One embedder, which takes seconds to make, serves all runs of a space.
+    """
+    monkeypatch.setattr(actors, "make_embedder", share_embedder)
     monkeypatch.setattr(dataflow, "cluster", lambda _address: nullcontext())
     monkeypatch.setattr(dataflow, "choose_resources", lambda _config: Resources(1, 1.0, 0.0))
     monkeypatch.setattr(dataflow, "run_flow", run_here)
+
+
+EMBEDDERS: dict[str, Embedder] = {}
+
+
+def share_embedder(settings: FlowSettings) -> Embedder:
+    key = settings.info.space.id
+    if key not in EMBEDDERS:
+        EMBEDDERS[key] = make_embedder(settings)
+    return EMBEDDERS[key]
 
 
 def run_here(
@@ -135,7 +152,7 @@ def write_bundle(folder: Path) -> None:
 
 
 def test_a_changed_image_that_cannot_be_had_keeps_its_older_row_beside_those_that_can(
-    tmp_path: Path, weights: Path, monkeypatch
+    tmp_path: Path, weights: Path
 ):
     source = tmp_path / "in"
     write_bundle(source)
@@ -143,7 +160,7 @@ def test_a_changed_image_that_cannot_be_had_keeps_its_older_row_beside_those_tha
     embed(config)
     first = read_rows(config.output)
     write_loose(source, {"1.jpg": make_jpeg(101), "3.jpg": make_jpeg(103)})
-    with vanishing(monkeypatch, source / "3.jpg"), pytest.raises(StorageError) as told:
+    with vanishing(source / "3.jpg"), pytest.raises(StorageError) as told:
         embed(config)
     report = told.value.report
     assert list(report.failed_objects) == [str(source / "3.jpg")]
@@ -164,9 +181,7 @@ def test_a_changed_image_that_cannot_be_had_keeps_its_older_row_beside_those_tha
     assert embed(config).shards["embed"] == 0
 
 
-def test_where_nothing_but_an_absence_is_new_the_older_commit_stays(
-    tmp_path: Path, weights: Path, monkeypatch
-):
+def test_where_nothing_but_an_absence_is_new_the_older_commit_stays(tmp_path: Path, weights: Path):
     source = tmp_path / "in"
     write_bundle(source)
     write_tar(source / "t.tar", [("x.jpg", make_jpeg(50))])
@@ -177,7 +192,7 @@ def test_where_nothing_but_an_absence_is_new_the_older_commit_stays(
     write_loose(source, {"3.jpg": make_jpeg(103)})
     write_tar(source / "t.tar", [("x.jpg", make_jpeg(51))])
     with (
-        vanishing(monkeypatch, source / "3.jpg", source / "t.tar"),
+        vanishing(source / "3.jpg", source / "t.tar"),
         pytest.raises(StorageError, match="2 objects could not be read") as told,
     ):
         embed(config)
@@ -189,34 +204,22 @@ def test_where_nothing_but_an_absence_is_new_the_older_commit_stays(
     assert read_rows(config.output)["t.tar/x.jpg"]["sha256"] != rows["t.tar/x.jpg"]["sha256"]
 
 
-def vanishing(monkeypatch, *paths: Path):
-    """Return a block in which files are listed, and gone when they are read."""
-    return _Vanishing(monkeypatch, paths)
+@contextmanager
+def vanishing(*paths: Path) -> Iterator[None]:
+    """Move files away between the listing and the reading, and back at the end."""
+    listed = run.list_sources
 
+    def list_and_lose(*args: Any, **kwargs: Any) -> Listing:
+        listing = listed(*args, **kwargs)
+        for path in paths:
+            path.rename(path.with_suffix(".away"))
+        return listing
 
-class _Vanishing:
-    """Moves files away between the listing and the reading, and back at the end."""
-
-    def __init__(self, monkeypatch, paths: tuple[Path, ...]) -> None:
-        self._monkeypatch, self._paths = monkeypatch, paths
-
-    def __enter__(self) -> None:
-        from pipeline.embed_job import run
-
-        listed = run.list_sources
-
-        def list_and_lose(*args, **kwargs):
-            listing = listed(*args, **kwargs)
-            for path in self._paths:
-                path.rename(path.with_suffix(".away"))
-            return listing
-
-        self._monkeypatch.setattr(run, "list_sources", list_and_lose)
-
-    def __exit__(self, *_: object) -> None:
-        self._monkeypatch.undo()
-        for path in self._paths:
-            path.with_suffix(".away").rename(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "list_sources", list_and_lose)
+        yield
+    for path in paths:
+        path.with_suffix(".away").rename(path)
 
 
 def test_a_name_that_is_no_utf8_a_dead_link_and_metadata_beside_shards_stop_nothing(
