@@ -75,7 +75,7 @@ def test_a_file_that_does_not_fit_is_refused_by_name_and_all_others_are_done(
     embed(config)
     write_night(source, "b", n=[0.97])
     write_night(source, "c", n=[2.0])
-    with pytest.raises(StorageError, match=r"1 shards .*b\.parquet.* 0\.97") as told:
+    with pytest.raises(StorageError, match=r"1 objects .*b\.parquet.* 0\.97") as told:
         embed(config)
     report = told.value.report
     assert isinstance(report, EmbedReport)
