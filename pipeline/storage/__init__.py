@@ -24,7 +24,7 @@ from pipeline.config import StorageOptions
 from pipeline.errors import ObjectMissingError, SettingsError, StorageError
 from pipeline.records import FailedObject, ObjectInfo
 from pipeline.storage.arrow import ArrowHandler
-from pipeline.storage.fsspec import OtherStore
+from pipeline.storage.fsspec import connect_other
 from pipeline.storage.local import LocalStore, write_atomically
 from pipeline.storage.ranges import Fetch, ObjectReader, Span, read_span
 from pipeline.storage.retry import retry
@@ -34,6 +34,10 @@ T = TypeVar("T")
 
 _READ_AHEAD_BYTES = 8 << 20
 _CONNECTIONS = 64
+_ODD_SLASHES = re.compile(r"(s3a?|gs|gcs|az|abfss?|hf|https?):/+(?=[^/])")
+_CHAIN = re.compile(
+    r"(zip|tar|libarchive|reference|dir|cached|filecache|simplecache|blockcache)(://.*)?::\w+:"
+)
 _PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 
 
@@ -309,15 +313,29 @@ def normalise_uri(text: str) -> str:
     ``file://`` and relative paths become absolute paths, ``s3a://`` becomes ``s3://``.
 
     Raises:
-        SettingsError: The text is empty.
+        SettingsError: The text is empty, names no bucket, or is a URI of another program's making.
     """
     if not text.strip():
         raise SettingsError("a URI is empty; give a path, or a URI such as s3://bucket/prefix")
+    _refuse_lookalikes(text)
     protocol, rest = _split_protocol(text)
     if protocol == "file":
         path = unquote(rest.removeprefix("localhost")) if "://" in text else rest
         return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111
     return f"{protocol}://{rest.rstrip('/')}"
+
+
+def _refuse_lookalikes(text: str) -> None:
+    slashes = _ODD_SLASHES.match(text)
+    if slashes and slashes[0] != f"{slashes[1]}://":
+        fixed = f"{slashes[1]}://{text[len(slashes[0]) :]}"
+        raise SettingsError(f"{text!r} has too few or too many slashes; write {fixed}")
+    if text.startswith("pipe:"):
+        raise SettingsError(f"{text!r} is a command, and none is run; give the URIs it would read")
+    if _CHAIN.match(text):
+        raise SettingsError(f"{text!r} chains protocols; give the URI of the object itself")
+    if text in ("s3://", "gs://", "az://", "hf://", "http://", "https://"):
+        raise SettingsError(f"{text!r} names nothing; add the bucket or host, and the path there")
 
 
 def join_uri(base: str, *parts: str) -> str:
@@ -350,13 +368,7 @@ def _connect(
         return LocalStore()
     if protocol == "s3":
         return S3Store(_connect_s3(options), attempts=options.storage_attempts)
-    try:
-        filesystem = open_filesystem(protocol, use_listings_cache=False)
-    except (ValueError, ImportError) as error:
-        raise StorageError(
-            f"cannot reach {protocol}://: {error}; check the URI, or install what it needs"
-        ) from error
-    return OtherStore(filesystem, protocol=protocol)
+    return connect_other(protocol)
 
 
 def _connect_s3(options: StorageOptions) -> Any:

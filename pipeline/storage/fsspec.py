@@ -1,20 +1,123 @@
 """Every other protocol, as its fsspec file system does it."""
 
 import errno
+import inspect
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from pipeline.errors import ConflictError, ObjectChangedError, RetryError, StorageError
+import aiohttp
+from fsspec import available_protocols, get_filesystem_class
+from fsspec import filesystem as open_filesystem
+from fsspec.registry import known_implementations
+
+from pipeline.errors import (
+    AccessError,
+    ConflictError,
+    ObjectChangedError,
+    PipelineError,
+    RetryError,
+    StorageError,
+)
 from pipeline.records import ObjectInfo, digest_json
 from pipeline.storage.ranges import Span
 
-_VERSION_FIELDS = ("generation", "etag", "ETag", "md5Hash", "content_md5", "ino", "version_id")
+# fmt: off
+_VERSION_FIELDS = (
+    "generation", "etag", "ETag", "md5Hash", "content_md5", "ino", "version_id", "blob_id",
+    "Content-MD5", "Last-Modified",
+)
+# fmt: on
 _TIME_FIELDS = ("mtime", "updated", "last_modified", "LastModified", "created")
 _memory_lock = threading.Lock()
+_PACKAGES = {"adlfs": ("abfs", "abfss", "adl", "az"), "gcsfs": ("gcs", "gs")}
+_COPY_FIRST = "copy the files to a folder or a bucket first, e.g. with rclone, and give that"
+_STATUS_DENIED = (401, 403)
+
+
+def connect_other(protocol: str) -> "OtherStore":
+    """Open the store of a protocol.
+
+    Raises:
+        StorageError: The protocol is unknown, is not read, or needs a package that is missing.
+    """
+    if protocol not in available_protocols():
+        raise StorageError(
+            f"{protocol}:// is no protocol that is known; give a path, or a URI that starts with "
+            "s3://, gs://, az://, hf:// or https://"
+        )
+    package = next((name for name, known in _PACKAGES.items() if protocol in known), None)
+    try:
+        kind = get_filesystem_class(protocol)
+    except (ImportError, ValueError) as error:
+        told = known_implementations.get(protocol, {}).get("err") or str(error)
+        remedy = f"run pip install {package}" if package else _COPY_FIRST
+        raise StorageError(f"{protocol}:// cannot be read here: {told}; {remedy}") from error
+    if _needs_more_than_a_uri(kind):
+        raise StorageError(f"{protocol}:// is not read; {_COPY_FIRST}")
+    try:
+        filesystem = open_filesystem(protocol, use_listings_cache=False)
+    except Exception as error:  # each has settings of its own, and its own way to ask for them
+        raise StorageError(
+            f"{protocol}:// cannot be read here: {_describe_error(error)}; {_COPY_FIRST}"
+        ) from error
+    return OtherStore(filesystem, protocol=protocol)
+
+
+def _needs_more_than_a_uri(kind: type) -> bool:
+    _, *parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
+    return any(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+
+
+def _describe_error(error: BaseException) -> str:
+    first_line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+
+
+@contextmanager
+def _explaining(action: str, uri: str) -> Iterator[None]:
+    """Turn what the many file systems raise into errors that ``retry`` knows."""
+    try:
+        yield
+    except (PipelineError, aiohttp.ClientError, TimeoutError):
+        raise
+    except FileNotFoundError as error:
+        _raise_hidden_cause(error)
+    except Exception as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in _STATUS_DENIED:
+            raise AccessError(
+                f"cannot {action} {uri!r}: {_describe_error(error)}; log in, or ask for access"
+            ) from error
+        if status in (408, 429) or (status or 0) >= 500 or _is_of_transport(error):
+            raise RetryError(_describe_error(error)) from error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise StorageError(
+            f"cannot {action} {uri!r}: {_describe_error(error)}; check the URI, or {_COPY_FIRST}"
+        ) from error
+
+
+def _raise_hidden_cause(error: FileNotFoundError) -> NoReturn:
+    """Raise what is behind an absence: fsspec calls every failure of a web server one."""
+    cause = error.__cause__
+    if isinstance(cause, aiohttp.ClientResponseError):
+        if cause.status in _STATUS_DENIED:
+            raise PermissionError(errno.EACCES, f"HTTP status {cause.status}") from error
+        if cause.status in (408, 429) or cause.status >= 500:
+            raise cause
+    elif isinstance(cause, (aiohttp.ClientError, TimeoutError)):
+        raise cause
+    raise error
+
+
+def _is_of_transport(error: Exception) -> bool:
+    # httpx, which the hub's client uses, is not ours to import
+    return any(base.__name__ == "TransportError" for base in type(error).__mro__)
 
 
 class OtherStore:
@@ -26,26 +129,50 @@ class OtherStore:
 
     def list_objects(self, uri: str) -> list[ObjectInfo]:
         """Return the objects under a prefix, or the one object."""
-        self._filesystem.invalidate_cache()
-        try:
-            found = self._filesystem.find(uri, detail=True)
-        except FileNotFoundError:
-            return []
-        return [self._describe(info) for info in found.values() if info["type"] == "file"]
+        with _explaining("list", uri):
+            try:
+                return [self.stat(uri)]
+            except FileNotFoundError:
+                if self._protocol in ("http", "https"):
+                    return []
+            try:
+                found = self._filesystem.find(uri, detail=True)
+            except FileNotFoundError:
+                return []
+            return [self._describe(info) for info in found.values() if info["type"] == "file"]
 
     def stat(self, uri: str) -> ObjectInfo:
         """Describe one object."""
-        self._filesystem.invalidate_cache()
-        info = self._filesystem.info(uri)
-        if info["type"] != "file":
-            raise FileNotFoundError(errno.ENOENT, "a folder, not an object")
+        with _explaining("look up", uri):
+            self._filesystem.invalidate_cache()
+            info = self._filesystem.info(uri)
+            if info["type"] != "file":
+                raise FileNotFoundError(errno.ENOENT, "a folder, not an object")
+        self._refuse_web_pages(uri, info)
         return self._describe(info)
+
+    def _refuse_web_pages(self, uri: str, info: dict[str, Any]) -> None:
+        if self._protocol not in ("http", "https"):
+            return
+        if info.get("mimetype") == "text/html":
+            raise StorageError(
+                f"{uri!r} is a web page, and web servers list no folders; give the URLs of the "
+                "shards themselves, a brace range such as https://host/{000..127}.tar, or a list "
+                "of them in a .txt file"
+            )
+        if info.get("size") is None:
+            raise StorageError(f"the server does not say how long {uri!r} is; {_COPY_FIRST}")
 
     def fetch(self, uri: str, *, start: int, stop: int | None, version: str | None) -> Span:
         """Return bytes [start, stop) of one version."""
         before = self.stat(uri)
         end = before.size_bytes if stop is None else min(stop, before.size_bytes)
-        data = self._filesystem.cat_file(uri, start=start, end=end) if start < end else b""
+        with _explaining("read", uri):
+            data = self._filesystem.cat_file(uri, start=start, end=end) if start < end else b""
+        if len(data) > max(0, end - start):
+            raise StorageError(
+                f"the server of {uri!r} sends all of it where a part is asked for; {_COPY_FIRST}"
+            )
         # Looked up after reading as well: nothing was replaced in between.
         after = self.stat(uri)
         if before.version != after.version or version not in (None, after.version):
