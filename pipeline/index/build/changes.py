@@ -13,7 +13,6 @@ from pipeline.index.manifest import ShardRows
 from pipeline.records import Commit, digest_json
 
 
-
 @dataclass(frozen=True, slots=True)
 class Range:
     """Consecutive rows of a segment.

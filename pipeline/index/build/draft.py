@@ -9,20 +9,18 @@ import numpy as np
 from pipeline.config import IndexConfig
 from pipeline.errors import SettingsError
 from pipeline.index.build.changes import Owner, make_owners
+from pipeline.index.build.ground_truth import DEPTH, Truth, find_floors, merge_truths, read_queries
+from pipeline.index.build.kinds import Plan, code_bytes
 from pipeline.index.build.merge_policy import compute_imbalance
+from pipeline.index.build.rows import PartSource, SegmentSource, list_parts
+from pipeline.index.build.segment_writer import BuiltSegment, SegmentTask, build_segment
+from pipeline.index.build.source import Source
+from pipeline.index.build.training import Draw, train
 from pipeline.index.files import FileStore
 from pipeline.index.manifest import CodecInfo, FileInfo, Manifest, SegmentInfo, put_file
 from pipeline.index.map import MapPoints
 from pipeline.index.vectors import Flags
-from pipeline.index.build.rows import PartSource, SegmentSource, list_parts
-from pipeline.index.build.segment_writer import BuiltSegment, SegmentTask, build_segment
-from pipeline.index.build.ground_truth import read_queries
-from pipeline.index.build.kinds import Plan, code_bytes
-from pipeline.index.build.source import Source
 from pipeline.index.workers import Workers
-from pipeline.index.build.training import Draw, train
-from pipeline.index.build.ground_truth import DEPTH, Truth, find_floors, merge_truths
-
 
 Sources = Sequence[PartSource | SegmentSource]
 

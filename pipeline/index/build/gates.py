@@ -11,12 +11,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import ObjectMissingError, PublishError
+from pipeline.index.build.measure import GATED_RANKS, Measured
 from pipeline.index.files import FileStore
 from pipeline.index.manifest import SegmentInfo, Tombstones
-from pipeline.index.build.measure import GATED_RANKS, Measured
 from pipeline.index.vectors import read_bits
 from pipeline.storage import join_uri
-
 
 LOG = logging.getLogger("pipeline.index")
 
@@ -62,7 +61,10 @@ def check_gates(gates: Sequence[Gate], *, force: bool) -> None:
 def check_recall(measured: Measured, target: float) -> Gate:
     """Recall on queries that are no rows reaches the target at ten neighbours and at a hundred."""
     found = {rank: measured.recall[rank] for rank in GATED_RANKS}
-    shown = [f"recall@{rank} is {v:.4f} ({low:.4f} to {high:.4f})" for rank, (v, low, high) in found.items()]
+    shown = [
+        f"recall@{rank} is {v:.4f} ({low:.4f} to {high:.4f})"
+        for rank, (v, low, high) in found.items()
+    ]
     detail = f"{', '.join(shown)}, the target {target:g}"
     return Gate("recall", min(value for value, _, _ in found.values()) >= target, detail)
 

@@ -5,17 +5,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from pipeline.index.build.changes import Changes, Owner, Range, make_owners
+from pipeline.index.build.draft import Build, Draft, count_rows, cut_sources, make_task, run_tasks
+from pipeline.index.build.kinds import LONG_LIST_ROWS
 from pipeline.index.build.merge_policy import Relocation, choose_merges
 from pipeline.index.build.plotting import take_over_map
 from pipeline.index.build.row_diff import Comparison, compare_rows
-from pipeline.index.build.draft import Build, Draft, count_rows, cut_sources, make_task, run_tasks
+from pipeline.index.build.rows import PartSource, SegmentSource, list_parts
+from pipeline.index.build.segment_writer import BuiltSegment
 from pipeline.index.files import FileStore
 from pipeline.index.manifest import Manifest, SegmentInfo, ShardRows
 from pipeline.index.vectors import Flags, pack_bits, read_bits
-from pipeline.index.build.rows import PartSource, SegmentSource, list_parts
-from pipeline.index.build.segment_writer import BuiltSegment
-from pipeline.index.build.kinds import LONG_LIST_ROWS
-
 
 _NONE = np.zeros(0, bool)
 

@@ -8,15 +8,22 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.index.build.ground_truth import (
+    DEPTH,
+    Queries,
+    Truth,
+    count_hits,
+    drop_dead,
+    merge_truths,
+    read_queries,
+    score_as_embedded,
+)
 from pipeline.index.faiss.codes import Doubles, Floats, Rows
-from pipeline.index.files import FileStore
 from pipeline.index.faiss.package import set_threads
+from pipeline.index.files import FileStore
 from pipeline.index.manifest import CodecInfo, FileInfo, SearchParams, SegmentInfo, Tombstones
-from pipeline.index.search.segment import DEPTHS, Mask, Request, Segment, keep_best
+from pipeline.index.search.segment import DEPTHS, Mask, Request, Segment, keep_best, open_codec
 from pipeline.index.vectors import read_bits
-from pipeline.index.search.segment import open_codec
-from pipeline.index.build.ground_truth import read_queries
-from pipeline.index.build.ground_truth import DEPTH, Queries, Truth, count_hits, drop_dead, merge_truths, score_as_embedded
 
 RANKS = (1, 10, 100)
 

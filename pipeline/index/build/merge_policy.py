@@ -11,7 +11,6 @@ from pipeline.index.build.changes import Owner, Range
 from pipeline.index.manifest import CodecInfo, SegmentInfo
 from pipeline.index.vectors import Flags
 
-
 MAX_DELTAS = 8
 MAX_DELTA_SHARE = 0.1
 MAX_DEAD_SHARE = 0.2

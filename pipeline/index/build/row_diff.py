@@ -10,12 +10,11 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import CorruptionError
 from pipeline.index.build.changes import Range, Replaced, digest_commit
+from pipeline.index.build.rows import PartSource, list_parts, read_ahead, read_part
 from pipeline.index.files import FileStore
 from pipeline.index.manifest import SegmentInfo
 from pipeline.index.vectors import Flags
-from pipeline.index.build.rows import PartSource, list_parts, read_ahead, read_part
 from pipeline.storage import Storage, join_uri
-
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,18 +14,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import CorruptionError, ObjectMissingError
-from pipeline.index.faiss.codes import Floats, Halves
+from pipeline.index.faiss.codes import Floats
 from pipeline.index.files import FileStore
+from pipeline.index.manifest import SegmentInfo, ShardRows
 from pipeline.index.search.keys import complete_columns
-from pipeline.index.manifest import FileInfo, SegmentInfo, ShardRows
+from pipeline.index.vectors import MIN_NORM, Flags, normalise_rows, open_vectors, unpack_bits
 from pipeline.output.info import read_output_info
 from pipeline.records import Commit
 from pipeline.storage import Storage, join_uri
-from pipeline.index.vectors import Flags
-from pipeline.index.vectors import MIN_NORM
-from pipeline.index.vectors import normalise_rows
-from pipeline.index.vectors import open_vectors
-from pipeline.index.vectors import unpack_bits
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

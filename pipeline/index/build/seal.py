@@ -8,17 +8,38 @@ from typing import Any
 from pipeline import __version__
 from pipeline.index.build.changes import encode_owners
 from pipeline.index.build.draft import Build, Draft
-from pipeline.index.build.plotting import settle_map
-from pipeline.index.build.gates import Gate, check_files, check_keys, check_recall, check_row_drop, check_rows, check_self_hits
-from pipeline.index.faiss.package import describe_engine
-from pipeline.index.manifest import FileInfo, Manifest, SearchParams, Tombstones, digest_bytes, put_file
-from pipeline.index.build.measure import GATED_RANKS, Measured, MeasureTask, combine, measure_segment, read_truth
-from pipeline.index.publish import name_generation
-from pipeline.index.vectors import pack_bits
+from pipeline.index.build.gates import (
+    Gate,
+    check_files,
+    check_keys,
+    check_recall,
+    check_row_drop,
+    check_rows,
+    check_self_hits,
+)
 from pipeline.index.build.ground_truth import read_queries
 from pipeline.index.build.kinds import code_bytes
+from pipeline.index.build.measure import (
+    GATED_RANKS,
+    Measured,
+    MeasureTask,
+    combine,
+    measure_segment,
+    read_truth,
+)
+from pipeline.index.build.plotting import settle_map
 from pipeline.index.build.tune import Measure, Tuned, tune
-
+from pipeline.index.faiss.package import describe_engine
+from pipeline.index.manifest import (
+    FileInfo,
+    Manifest,
+    SearchParams,
+    Tombstones,
+    digest_bytes,
+    put_file,
+)
+from pipeline.index.publish import name_generation
+from pipeline.index.vectors import pack_bits
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import CorruptionError, ObjectMissingError
+from pipeline.errors import CorruptionError
+from pipeline.index.build.ground_truth import (
+    Truth,
+    TruthBuilder,
+    drop_dead,
+    join_truths,
+    read_queries,
+)
+from pipeline.index.build.rows import Block, PartSource, SegmentSource, iter_blocks, sum_shards
 from pipeline.index.faiss import codes
-from pipeline.index.faiss.codec import Codec, read_codec
 from pipeline.index.faiss.codes import Floats
-from pipeline.index.files import FileStore, describe_file
 from pipeline.index.faiss.package import describe_engine, set_threads
+from pipeline.index.files import FileStore, describe_file
 from pipeline.index.manifest import (
     CodecInfo,
     FileInfo,
@@ -27,13 +34,10 @@ from pipeline.index.manifest import (
     seal,
     unseal,
 )
-from pipeline.index.build.rows import Block, PartSource, SegmentSource, iter_blocks, sum_shards
-from pipeline.index.build.ground_truth import Truth, TruthBuilder, drop_dead, join_truths
+from pipeline.index.search.segment import open_codec
 from pipeline.index.vectors import unpack_bits
 from pipeline.records import digest_json
-from pipeline.storage import Storage, join_uri
-from pipeline.index.build.ground_truth import read_queries
-from pipeline.index.search.segment import open_codec
+from pipeline.storage import join_uri
 
 BUILD_VERSION = 2
 """Part of every segment's name: raise it when the same rows would make other files."""

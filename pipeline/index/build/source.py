@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 from pipeline.errors import ObjectMissingError, SettingsError
 from pipeline.index.manifest import EmbeddingsInfo
-from pipeline.output.info import OutputInfo, read_output_info
 from pipeline.output.commits import list_commits
+from pipeline.output.info import OutputInfo, read_output_info
 from pipeline.records import Commit, count_statuses
 from pipeline.storage import Storage, join_uri, normalise_uri
-
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,19 +13,18 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import SettingsError
+from pipeline.index.build.ground_truth import blend_rows, encode_queries
+from pipeline.index.build.kinds import Plan
+from pipeline.index.build.rows import Block, PartSource, merge_blocks, read_ahead, read_part_rows
 from pipeline.index.faiss.codec import train_codec
 from pipeline.index.faiss.codes import Floats
-from pipeline.index.files import FileStore
 from pipeline.index.faiss.package import describe_engine, set_threads
+from pipeline.index.files import FileStore
 from pipeline.index.manifest import CodecInfo, FileInfo, put_file, seal, unseal
 from pipeline.index.map import MAX_POINTS, choose_method, draw_map
-from pipeline.index.build.rows import Block, PartSource, merge_blocks, read_ahead, read_part_rows
-from pipeline.index.build.kinds import Plan
 from pipeline.index.workers import Workers
-from pipeline.index.build.ground_truth import blend_rows, encode_queries
 from pipeline.records import digest_json
 from pipeline.storage import join_uri
-
 
 ROWS_PER_PART = 64
 """Rows drawn from one part: fewer would mean reading more of the input for the same sample."""

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from pipeline.index.manifest import SearchParams
 from pipeline.index.build.measure import GATED_RANKS, Measured
+from pipeline.index.manifest import SearchParams
 
 CANDIDATES = (512, 1024, 2048, 4096, 8192, 16_384)
 

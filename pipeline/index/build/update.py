@@ -170,9 +170,7 @@ def decide(
     return replace(decision, reason=f"damaged: {damage}; {decision.reason}")
 
 
-def _has_lost_map(
-    parent: Manifest, config: IndexConfig, *, base: Base, files: FileStore
-) -> bool:
+def _has_lost_map(parent: Manifest, config: IndexConfig, *, base: Base, files: FileStore) -> bool:
     if parent.map is None:
         return False
     sizes = None if config.verify else base.stock.sizes

@@ -4,9 +4,17 @@ from decimal import Decimal
 import numpy as np
 import pyarrow as pa
 import pytest
-
 from index.corpus import STORAGE, Corpus, draw_vectors
-from pipeline.index.build.changes import Owner, Range, decode_owners, digest_commit, encode_owners, find_changes, make_owners
+
+from pipeline.index.build.changes import (
+    Owner,
+    Range,
+    decode_owners,
+    digest_commit,
+    encode_owners,
+    find_changes,
+    make_owners,
+)
 from pipeline.index.build.row_diff import match_rows
 from pipeline.index.manifest import ShardRows
 from pipeline.output.commits import list_commits

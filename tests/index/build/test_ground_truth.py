@@ -1,8 +1,7 @@
 import numpy as np
 import pyarrow as pa
-
 from index.corpus import STORAGE, build, make_corpus
-from pipeline.index.vectors import normalise_rows
+
 from pipeline.benchmark.synthetic import generate_vectors
 from pipeline.index.build.ground_truth import (
     DEPTH,
@@ -23,6 +22,7 @@ from pipeline.index.build.ground_truth import (
 from pipeline.index.build.measure import read_truth
 from pipeline.index.files import FileStore
 from pipeline.index.pointer import read_current
+from pipeline.index.vectors import normalise_rows
 
 DIM = 32
 
@@ -159,9 +159,7 @@ def test_merged_segments_remember_the_exact_neighbours_of_the_vectors_as_embedde
     files = FileStore(uri, STORAGE, tmp_path / "cache")
     manifest = read_current(uri, STORAGE)
     queries = read_queries(files, manifest.queries, DIM)
-    truth = read_truth(
-        files, manifest.segments, tombstones=manifest.tombstones, queries=queries
-    )
+    truth = read_truth(files, manifest.segments, tombstones=manifest.tombstones, queries=queries)
     rows = np.stack(list(corpus.vectors.values())).astype(np.float64)
     exact = queries.vectors @ (rows / np.linalg.norm(rows, axis=1, keepdims=True)).T
     exact = -np.sort(-exact, axis=1)[:, :100]

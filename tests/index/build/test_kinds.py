@@ -1,8 +1,8 @@
 import pytest
 
 from pipeline.errors import SettingsError
-from pipeline.index.faiss.codec import KINDS
 from pipeline.index.build.kinds import make_plan, outgrew, show_bytes, tabulate_selection
+from pipeline.index.faiss.codec import KINDS
 
 GB = 10**9
 WIDTHS = (1024, 2152, 1984, 2048, 1024)

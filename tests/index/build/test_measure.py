@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from pipeline.index.manifest import SearchParams
 from pipeline.index.build.gates import check_recall
 from pipeline.index.build.measure import Measured, estimate_recall
 from pipeline.index.build.tune import choose, limit_candidates, meets, order_by_cost, tune
+from pipeline.index.manifest import SearchParams
 
 
 def measured(params, value, low, *, timed=True):

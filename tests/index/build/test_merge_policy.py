@@ -2,7 +2,12 @@ import numpy as np
 import pytest
 
 from pipeline.index.build.changes import Owner, Range
-from pipeline.index.build.merge_policy import Relocation, choose_merges, compute_imbalance, explain_drift
+from pipeline.index.build.merge_policy import (
+    Relocation,
+    choose_merges,
+    compute_imbalance,
+    explain_drift,
+)
 from pipeline.index.manifest import CodecInfo, FileInfo, SegmentInfo
 
 

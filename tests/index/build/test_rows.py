@@ -1,10 +1,18 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-
 from index.corpus import STORAGE, Corpus, draw_vectors, make_corpus
+
 from pipeline.errors import CorruptionError
-from pipeline.index.build.rows import Block, list_parts, merge_blocks, read_part_rows, read_vectors, split_usable, sum_shards
+from pipeline.index.build.rows import (
+    Block,
+    list_parts,
+    merge_blocks,
+    read_part_rows,
+    read_vectors,
+    split_usable,
+    sum_shards,
+)
 from pipeline.index.vectors import pack_bits, unpack_bits
 from pipeline.output.commits import list_commits
 

@@ -1,16 +1,16 @@
 import numpy as np
 import pytest
-
 from index.corpus import STORAGE, build, make_corpus
+
 from pipeline.errors import SettingsError
-from pipeline.index.pointer import read_current
-from pipeline.index.files import FileStore
-from pipeline.index.build.rows import list_parts
-from pipeline.index.search.search_index import SearchIndex
 from pipeline.index.build.ground_truth import read_queries
 from pipeline.index.build.kinds import make_plan
-from pipeline.index.workers import LocalWorkers
+from pipeline.index.build.rows import list_parts
 from pipeline.index.build.training import Draw, draw_sample, split_sample
+from pipeline.index.files import FileStore
+from pipeline.index.pointer import read_current
+from pipeline.index.search.search_index import SearchIndex
+from pipeline.index.workers import LocalWorkers
 from pipeline.output.commits import list_commits
 
 
