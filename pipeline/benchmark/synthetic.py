@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.index.faiss.codes import Floats
-from pipeline.output.commits import write_commit
+from pipeline.output.commits import list_commits, write_commit
 from pipeline.output.info import OutputInfo, claim_output
 from pipeline.output.parts import write_part
 from pipeline.records import Commit, Layout, Space
@@ -146,7 +146,10 @@ def make_commit(name: str, space_id: str, **changes: Any) -> Commit:
 def commit_table(
     output: str, table: pa.Table, *, commit: Commit, part_rows: int, storage: Storage
 ) -> None:
-    """Write rows as parts of ``part_rows`` each, then the commit that makes them visible."""
+    """Write rows as parts of ``part_rows`` each, then the commit that makes them visible.
+
+    A commit that the shard has already is replaced, as by a run that embeds it once more.
+    """
     parts = [
         write_part(
             output,
@@ -158,7 +161,8 @@ def commit_table(
         )
         for chunk, first in enumerate(range(0, max(1, len(table)), part_rows))
     ]
-    write_commit(output, replace(commit, parts=tuple(parts)), storage)
+    present = list_commits(output, storage).get(commit.shard_id)
+    write_commit(output, replace(commit, parts=tuple(parts)), storage, replaces=present)
 
 
 def _make_rows(name: str, vectors: Floats, info: OutputInfo) -> pa.Table:

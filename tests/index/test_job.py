@@ -18,7 +18,7 @@ from pipeline.errors import (
 from pipeline.index.job import build_index
 from pipeline.index.pointer import read_current
 from pipeline.index.search.search_index import SearchIndex
-from pipeline.output.commits import list_commits, restore_commit
+from pipeline.output.commits import list_commits, write_commit
 from pipeline.output.info import OutputInfo, claim_output
 
 KINDS = ("flat", "rabitq", "ivf-rabitq", "ivf-sq8", "hnsw")
@@ -130,7 +130,7 @@ def test_a_key_that_occurs_in_two_segments_is_refused_by_a_gate(
     old = next(c for c in list_commits(corpus.output, STORAGE).values() if "000" in c.name)
     corpus.add_shard("shard-000.tar", draw_vectors(5, 32, seed=1))
     # The first shard comes back to life beside the one that had superseded it.
-    restore_commit(corpus.output, replace(old, sequence=99), STORAGE)
+    write_commit(corpus.output, replace(old, sequence=99), STORAGE, replaces=old)
     with pytest.raises(PublishError, match=r"keys: the key 'shard-000.tar/00000"):
         build(corpus, uri)
     assert read_current(uri, STORAGE) == before
