@@ -91,20 +91,6 @@ def write_output_info(output: str, info: OutputInfo, storage: Storage) -> None:
     storage.put(join_uri(output, "space.json"), info.to_json())
 
 
-def read_space(output: str, storage: Storage) -> Space:
-    """Return the space of an existing output.
-
-    Raises:
-        ObjectMissingError: There is no output at that URI.
-    """
-    info = read_output_info(output, storage)
-    if info is None:
-        raise ObjectMissingError(
-            f"no embeddings at {output!r}: space.json is missing; check the URI, or run embed first"
-        )
-    return info.space
-
-
 def claim_output(output: str, info: OutputInfo, storage: Storage) -> OutputInfo:
     """Make ``output`` one of this space and layout, or check that it already is.
 

@@ -36,7 +36,7 @@ from pipeline.output.commits import (
     split_commits,
     write_commit,
 )
-from pipeline.output.info import OutputInfo, claim_output, read_output_info, read_space
+from pipeline.output.info import OutputInfo, claim_output, read_output_info
 from pipeline.output.parts import build_part, digest_rows, encode_part, write_part
 from pipeline.output.verify import verify_output
 from pipeline.records import Commit, Embedding, Layout, ObjectInfo, PartInfo, Record, Space
@@ -141,7 +141,6 @@ def test_a_commit_survives_its_file_and_unknown_fields(output: str):
 
 def test_the_output_record_survives_its_file(output: str):
     assert read_output_info(output, STORAGE) == INFO
-    assert read_space(output, STORAGE) == SPACE
     assert read_output_info(output, STORAGE).schema.equals(INFO.schema)
 
 
@@ -201,9 +200,8 @@ def test_a_damaged_commit_is_named_and_says_how_to_go_on(output: str):
 
 
 def test_reading_where_no_output_is_says_so(tmp_path: Path):
-    for read in (read_embeddings, lambda uri: read_space(uri, STORAGE)):
-        with pytest.raises(ObjectMissingError, match=r"no embeddings at .* run embed first"):
-            read(str(tmp_path / "nope"))
+    with pytest.raises(ObjectMissingError, match=r"no embeddings at .* run embed first"):
+        read_embeddings(str(tmp_path / "nope"))
     with pytest.raises(ObjectMissingError, match=r"no embeddings at .* space\.json is missing"):
         verify_output(str(tmp_path / "nope"), STORAGE)
 

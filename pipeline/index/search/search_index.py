@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy.typing as npt
 
-from pipeline.errors import CorruptionError, ObjectMissingError, SpaceMismatchError
+from pipeline.errors import CorruptionError, ObjectMissingError
 from pipeline.index.cache import DEFAULT_BYTES
 from pipeline.index.faiss.codes import Floats
 from pipeline.index.files import FileStore, default_cache_dir
@@ -20,7 +20,6 @@ from pipeline.index.pointer import (
 from pipeline.index.search.generation import Generation, Snapshot
 from pipeline.index.search.neighbour import IndexInfo, Neighbour
 from pipeline.index.search.where import Where
-from pipeline.records import Space
 from pipeline.storage import Storage, join_uri, normalise_uri
 
 __all__ = ["IndexInfo", "Neighbour", "SearchIndex", "Snapshot"]
@@ -108,20 +107,6 @@ class SearchIndex:
             UnknownKeyError: The index does not hold that key; the message names similar ones.
         """
         return self._snapshot.vector(key)
-
-    def check_space(self, space: Space) -> None:
-        """Refuse vectors of another space.
-
-        Raises:
-            SpaceMismatchError: The spaces differ; names the fields.
-        """
-        mine, other = self.info.space.to_dict(), space.to_dict()
-        differing = [name for name in mine if mine[name] != other[name]]
-        if differing:
-            details = "; ".join(
-                f"{name} is {mine[name]!r} there and {other[name]!r} here" for name in differing
-            )
-            raise SpaceMismatchError(f"{self.uri!r} holds vectors of another space: {details}")
 
     def refresh(self) -> bool:
         """Open the newest generation if it is not open yet; tell whether there was one.

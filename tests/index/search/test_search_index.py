@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 
-from index.corpus import Built, build, make_corpus, make_space, rank_exactly
-from pipeline.errors import ObjectMissingError, QueryError, SpaceMismatchError, UnknownKeyError
+from index.corpus import Built, build, make_corpus, rank_exactly
+from pipeline.errors import ObjectMissingError, QueryError, UnknownKeyError
 from pipeline.index.search.search_index import SearchIndex
 
 TOLERANCE = 5e-4
@@ -227,13 +227,6 @@ def test_a_number_of_neighbours_out_of_range_is_refused(built_flat: Built, k):
 def test_a_missing_index_says_so(tmp_path):
     with pytest.raises(ObjectMissingError, match="CURRENT is missing"):
         SearchIndex.open(str(tmp_path / "nothing"))
-
-
-def test_vectors_of_another_space_are_refused_by_name(built_flat: Built):
-    index = SearchIndex.open(built_flat.index)
-    index.check_space(built_flat.corpus.info.space)
-    with pytest.raises(SpaceMismatchError, match="image_size is 224 there and 288 here"):
-        index.check_space(make_space(64, image_size=288))
 
 
 def test_the_info_describes_the_generation(built: Built):
