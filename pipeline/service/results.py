@@ -52,7 +52,7 @@ def make_results(
     return [
         Result(
             key=hit.key,
-            score=round(hit.score, 6),
+            score=hit.score,
             metadata=show_columns(hit) if "metadata" in include else None,
             vector_base64=None if vector is None else encode_vector(vector),
         )

@@ -125,7 +125,8 @@ def write_neighbours(
     if knn is not None:
         report["knn"] = {"uri": join_uri(files.index, base, f"knn-{knn}"), "rows": manifest.rows}
     if threshold is not None:
-        path = f"{base}/near-duplicates-{threshold:g}.parquet"
+        shown = repr(threshold).removesuffix(".0")  # all digits: two thresholds are two files
+        path = f"{base}/near-duplicates-{shown}.parquet"
         report["near_duplicates"] = write_groups(
             files, manifest, pairs=merge_pairs(pairs), path=path
         )

@@ -166,7 +166,7 @@ class Answer:
 
 def _to_dict(neighbour: Neighbour) -> dict[str, Any]:
     values = {name: to_json(value) for name, value in neighbour.columns.items()}
-    return {"key": neighbour.key, "score": round(neighbour.score, 6)} | values
+    return {"key": neighbour.key, "score": neighbour.score} | values
 
 
 def find_neighbours(config: SearchConfig) -> SearchReport:

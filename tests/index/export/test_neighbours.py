@@ -90,6 +90,19 @@ def test_the_graph_has_all_the_neighbours_that_there_are(tmp_path, kind):
     assert table.num_rows == 505 * 504
 
 
+def test_two_thresholds_however_close_are_two_files(corpus, tmp_path):
+    uri = str(tmp_path / "index")
+    paths = {
+        build(corpus, uri, queries=100, near_duplicates=threshold)["near_duplicates"]["uri"]
+        for threshold in (0.99, 0.9900001, 1.0)
+    }
+    assert {path.rpartition("/")[2] for path in paths} == {
+        "near-duplicates-0.99.parquet",
+        "near-duplicates-0.9900001.parquet",
+        "near-duplicates-1.parquet",
+    }
+
+
 def test_an_index_without_near_duplicates_has_no_groups(tmp_path):
     corpus = Corpus(str(tmp_path / "embeddings"), 48)
     corpus.add_shard("a.tar", np.eye(48, dtype=np.float32))
