@@ -62,25 +62,30 @@ def faulty_s3(s3_server: S3Server) -> Iterator[FaultyProxy]:
         yield proxy
 
 
-GROUPS = ("serve_on_ray", "ray_cluster", "s3_server", "moto_server", "gallery")
+GROUPS = ("gallery", "moto_server", "s3_server", "ray_cluster", "serve_on_ray")
 """Fixtures that take seconds to set up: the tests of each run in one process."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run pure tests first, then those that share a server, then those that share a Ray.
 
-    Tests that need a Ray of their own in this process come last.
+    Of several processes one begins with the tests on Ray, which take longest. Those that need a Ray
+    of their own in this process come after the others of theirs.
     """
 
     def find_group(item: pytest.Item) -> int:
         names = getattr(item, "fixturenames", ())
-        return next((place for place, name in enumerate(GROUPS) if name in names), len(GROUPS))
+        return max((place for place, name in enumerate(GROUPS, 1) if name in names), default=0)
 
-    items.sort(key=find_group, reverse=True)
+    on_ray = GROUPS.index("ray_cluster") + 1
+    items.sort(key=find_group)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: find_group(item) < on_ray)
     for item in items:
         group = find_group(item)
-        if group < len(GROUPS):
-            item.add_marker(pytest.mark.xdist_group("ray" if group < 2 else GROUPS[group]))
+        if group:
+            name = "ray" if group >= on_ray else GROUPS[group - 1]
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session")
