@@ -121,6 +121,7 @@ def test_what_a_night_shows_but_does_not_need_never_fails_it(
         assert f"the night goes on without {what}: " in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_what_is_said_of_a_damaged_part_makes_the_night_whole(
     night: NightlyConfig, tmp_path: Path

@@ -308,6 +308,7 @@ def test_a_module_that_fails_says_why():
         run_module("pipeline.benchmark.overlap", {})
 
 
+@pytest.mark.slow
 def test_a_simulated_cluster_with_gpus_commits_every_shard_once():
     simulation = {"shards": 40, "actors": 2, "chunk_s": 0.01}
     found = run_module("pipeline.benchmark.simulation", simulation)

@@ -6,6 +6,7 @@ from pipeline.benchmark.synthetic import generate_vectors
 from pipeline.index.vectors import normalise_rows
 
 
+@pytest.mark.slow
 def test_an_index_is_measured_next_to_flat_search(tmp_path):
     flat, codes = measure_index(4000, 64, folder=tmp_path, kinds=("flat", "rabitq"))
     assert (flat.kind, codes.kind) == ("flat", "rabitq")

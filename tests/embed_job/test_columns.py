@@ -41,6 +41,7 @@ def test_types_that_drift_between_files_are_united_and_every_value_is_kept(
     assert embed(replace(config, verify=True)).problems == ()
 
 
+@pytest.mark.slow
 def test_a_column_of_nulls_takes_the_type_of_the_first_night_that_has_values(
     tmp_path: Path, weights: Path
 ):
@@ -66,6 +67,7 @@ def test_a_column_of_nulls_takes_the_type_of_the_first_night_that_has_values(
     assert embed(replace(config, verify=True)).problems == ()
 
 
+@pytest.mark.slow
 def test_a_file_that_does_not_fit_is_refused_by_name_and_all_others_are_done(
     tmp_path: Path, weights: Path
 ):

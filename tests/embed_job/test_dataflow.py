@@ -176,6 +176,7 @@ def make_limited_actor(config: EmbedConfig, *, fits: int) -> type:
 class TestRuns:
     """Whole runs that differ from the usual one in one thing."""
 
+    @pytest.mark.slow
     def test_a_decode_stage_gives_the_same_rows_and_embeddings(self, tmp_path: Path, weights: Path):
         hostile = make_hostile_pictures()
         names = ("half.jpg", "html.jpg", "empty.jpg", "lie.png")
@@ -191,6 +192,7 @@ class TestRuns:
         assert report.images.embedded == len(good)
         assert_same_rows(read_rows(staged.output), read_rows(config.output))
 
+    @pytest.mark.slow
     def test_a_run_that_loses_its_lease_stops_and_the_next_one_completes_it(
         self, tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
     ):

@@ -307,6 +307,7 @@ def test_added_changed_deleted_and_restored_sources_are_followed(tmp_path: Path,
     assert_same_rows(read_rows(output), third)
 
 
+@pytest.mark.slow
 def test_shards_with_missing_or_cut_parts_are_embedded_again(
     tmp_path: Path, weights: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -333,6 +334,7 @@ def test_shards_with_missing_or_cut_parts_are_embedded_again(
     assert embed(replace(config, verify=True)).problems == ()
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_whose_input_was_not_given_is_a_failure(tmp_path: Path, weights: Path):
     output = tmp_path / "out"
     for name in ("a", "b"):
@@ -404,6 +406,7 @@ def test_parquet_keys_and_carried_columns_keep_their_types(tmp_path: Path, weigh
     assert rows["a.parquet/id-0"]["tags"] == '["x"]'
 
 
+@pytest.mark.slow
 def test_failures_stop_a_run_at_their_limit_and_are_tried_again_on_request(
     tmp_path: Path, weights: Path
 ):

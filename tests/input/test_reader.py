@@ -769,10 +769,13 @@ def test_a_shard_written_over_in_place_while_it_is_read_gives_no_last_chunk(
     assert all(data == images[row] for row, data in seen), "bytes of two versions"
 
 
-def test_a_shortage_of_memory_is_no_fault_of_the_data() -> None:
-    assert not is_fault_of_data(MemoryError())
-    assert not is_fault_of_data(pa.lib.ArrowMemoryError("malloc failed"))
+def test_a_shortage_of_the_machine_is_no_fault_of_the_data() -> None:
+    assert not is_fault_of_data(OSError(12, "Cannot allocate memory"))
+    assert not is_fault_of_data(OSError(24, "Too many open files"))
     assert not is_fault_of_data(OSError(5, "Input/output error"))
+    # With memory to be had, it was a damaged header that asked for more than there is.
+    assert is_fault_of_data(MemoryError())
+    assert is_fault_of_data(pa.lib.ArrowMemoryError("malloc failed"))
     assert is_fault_of_data(pa.ArrowInvalid("not Parquet"))
     assert is_fault_of_data(OSError("Corrupt snappy compressed data."))
 

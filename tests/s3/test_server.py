@@ -28,6 +28,7 @@ def run(*arguments: str) -> Iterator[dict[str, str]]:
             assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_the_server_keeps_its_data_keys_and_buckets_over_a_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ KEY_SHAPES = re.compile(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_on_s3_leaves_no_secret_behind(
     s3_server: S3Server, s3_bucket: str, weights: Path, tmp_path: Path
