@@ -18,7 +18,7 @@ Settings = TypeVar("Settings")
 
 
 class Report(Protocol):
-    """What a job returns: the last line of its standard output."""
+    """The report of a job; printed as the last line of its standard output."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""

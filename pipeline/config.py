@@ -82,7 +82,7 @@ class EmbedConfig:
     exif: Literal["apply", "ignore"] = "apply"
     """Turn pictures as their EXIF orientation says; ignore is what the reference does."""
     input_kind: Literal["auto", "tar", "parquet", "images", "list"] = "auto"
-    """What the inputs hold; auto decides by file name."""
+    """Kind of the inputs; auto decides by file name."""
     image_column: str | None = None
     """Parquet column with the encoded images; found by its type where there is only one."""
     key_column: str | None = None
@@ -420,7 +420,7 @@ class SearchConfig:
 
 @dataclass(frozen=True, slots=True)
 class NightlyOptions:
-    """What the nightly job does besides embedding and indexing."""
+    """Settings of the nightly job beside those of embedding and indexing."""
 
     metrics_file: str | None = None
     """Also write freshness and row counts here, for Prometheus' textfile collector."""

@@ -1,4 +1,4 @@
-"""What is known of a backbone before it is built."""
+"""The configuration of a named backbone: builder, input size, preprocessing, feature maps."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

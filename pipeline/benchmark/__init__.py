@@ -1,1 +1,1 @@
-"""What the job could reach, what it reaches, and what the alternatives reach, in one run."""
+"""Measures the ceilings of a machine, the job, and its alternatives, in turns in one run."""

@@ -1,4 +1,4 @@
-"""What a benchmark found: rates, ratios, what binds, and advice; as JSON and as tables."""
+"""The findings of a benchmark: rates, ratios, bottlenecks and advice, as JSON and as tables."""
 
 import itertools
 from collections.abc import Mapping, Sequence

@@ -26,7 +26,7 @@ CLIENTS = (1, 16, 64)
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """What a number of clients got, each asking again as soon as it was answered.
+    """Rate and latency for a number of clients, each sending its next request once answered.
 
     Attributes:
         kind: What they asked with: ``"vector"``, ``"key"`` or ``"image"``.

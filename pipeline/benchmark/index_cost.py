@@ -1,4 +1,4 @@
-"""What an index costs and gives, next to flat search over the same vectors in the same run."""
+"""Build cost, size, recall and latency of an index, beside flat search over the same vectors."""
 
 import multiprocessing
 import resource

@@ -1,4 +1,4 @@
-"""What the processes of the embed job hold in memory, over inputs that are hard on it.
+"""Peak memory of the embed job's processes, over inputs chosen to need a lot of it.
 
 Each case is one run of the real job, started as a user would start it. Sizes are chosen so that
 anything that grows with the number of images, the size of a shard or the number of shards shows.

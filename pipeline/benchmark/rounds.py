@@ -133,7 +133,7 @@ def take_turns(contenders: Mapping[str, Contender], rounds: int) -> dict[str, li
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """What a contender reached.
+    """Rate and CPU time of one contender.
 
     Attributes:
         images_per_s: By the clock on the wall; the median over the rounds.

@@ -41,7 +41,7 @@ _NODE_STORE_BYTES = 100 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """What to simulate.
+    """Settings of a simulation.
 
     Attributes:
         shards: Number of shards, of one chunk each.

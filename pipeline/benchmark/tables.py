@@ -1,4 +1,4 @@
-"""What is measured once for the machine, not for a backbone: as rows that print as tables."""
+"""Measurements that need no backbone: each gives rows that print as tables."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -121,7 +121,7 @@ MEASURES: Mapping[str, Callable[[BenchmarkConfig, Path], dict[str, list[Row]]]] 
     "index": _measure_index,
     "simulation": _simulate,
 }
-"""What is measured once for the machine, by its name in ``BenchmarkConfig.measure``."""
+"""Measurements that need no backbone, by their name in ``BenchmarkConfig.measure``."""
 
 
 def _join(pairs: Iterable[tuple[str, Any]]) -> str:

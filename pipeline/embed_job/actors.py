@@ -1,4 +1,4 @@
-"""What the processes of a run do with a load: decode it, embed it, write its parts."""
+"""The actors of a run: decode a load, embed it, write its parts."""
 
 import time
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What a run would do, and what it would take: ``--dry-run``."""
+"""Estimates the work and the hours of a run without doing it: ``--dry-run``."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +24,7 @@ _SAMPLE_IMAGES = 32
 
 @dataclass(frozen=True, slots=True)
 class DryRunReport:
-    """What a run would do.
+    """Report of a dry run: shards to embed, images, hours.
 
     Attributes:
         output: The output.

@@ -18,7 +18,7 @@ _SECONDS_BOUNDS = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
 
 @dataclass(frozen=True, slots=True)
 class LoadSample:
-    """What an actor measured over one load.
+    """Counts and times of one load, measured by an actor.
 
     Attributes:
         statuses: Rows by status.

@@ -26,7 +26,7 @@ BUNDLE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run has to do; ``plan_shards`` makes it.
+    """The work of a run: shards to embed, to carry over, to restore, to remove.
 
     Attributes:
         embed: Shards to embed, largest first.

@@ -1,4 +1,4 @@
-"""What an output is: the space and layout that a run's settings ask for, and its weights."""
+"""Works out the space, layout and weights of an output from a run's settings."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What a run did: counters while it goes, a report when it is done, progress for people."""
+"""Counters and progress of a run while it goes, and its report when it is done."""
 
 import sys
 from collections import Counter, defaultdict

@@ -68,7 +68,7 @@ class ShownImage:
 
 @dataclass(frozen=True, slots=True)
 class IndexSection:
-    """What the page tells of the index that a run published.
+    """The index section of the page: kind, recall, neighbours, map.
 
     Attributes:
         generation: Its name.

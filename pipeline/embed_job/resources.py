@@ -1,4 +1,4 @@
-"""What of a cluster the actors of a run are given."""
+"""How many actors to start, and the CPUs and GPUs each gets."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What the run's actors are given.
+    """Number of actors, and the CPUs and GPUs of each.
 
     Attributes:
         actors: Number of embedder actors.

@@ -1,4 +1,4 @@
-"""What travels from read tasks to embedders: loads, rows with the encoded images of some chunks.
+"""Loads, which read tasks send to embedders: encoded images of some chunks as one Ray Data row.
 
 Read tasks run this and nothing heavier: every process that reads would pay for an import of torch
 in seconds and in hundreds of megabytes.
@@ -76,7 +76,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What the driver learns of a chunk; small, and the same however often it is sent.
+    """What an actor reports to the driver about a chunk; sending it twice does no harm.
 
     Attributes:
         shard_id: The shard.

@@ -86,7 +86,7 @@ _Accepts = Callable[[bytes], bool | str]
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """What is decoded at all.
+    """Limits on the images that are decoded.
 
     Attributes:
         max_pixels: Most pixels, width times height as the header says, before any is allocated.
@@ -188,7 +188,7 @@ def _ignore_pillow_warnings() -> None:
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """What an image says of itself before it is decoded.
+    """Format, size and mode of an image, read from its header.
 
     Attributes:
         format: Pillow's name, e.g. ``"JPEG"``.

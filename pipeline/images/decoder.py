@@ -36,7 +36,7 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a decode process is told when it starts.
+    """The settings that a decode process gets when it starts.
 
     Attributes:
         recipe: How encoded bytes become a crop.

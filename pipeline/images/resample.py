@@ -31,7 +31,7 @@ _SUPPORT = {Image.Resampling.BICUBIC: 2, Image.Resampling.BILINEAR: 1}
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """What is resized along one axis, and which part of the result is wanted.
+    """One axis of a resize: input length, output length, and the outputs to compute.
 
     Attributes:
         length: Number of inputs.
@@ -52,7 +52,7 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What the wanted outputs of an axis are made of.
+    """Filter weights of the outputs to compute along one axis.
 
     Attributes:
         starts: First input of each output's window, int32 (N,). Windows lie inside the inputs.

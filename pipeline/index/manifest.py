@@ -1,4 +1,4 @@
-"""What a generation is made of, as ``generations/<generation>/manifest.json`` records it.
+"""The manifest of a generation: ``generations/<generation>/manifest.json``.
 
 The manifest names every file with its digest; a reader trusts nothing else.
 """

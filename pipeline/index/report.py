@@ -1,4 +1,4 @@
-"""What an index job says about itself."""
+"""The report of an index job."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,7 +10,7 @@ from pipeline.records import describe_job
 
 @dataclass(frozen=True, slots=True)
 class IndexReport:
-    """What an index job did.
+    """The report of an index job.
 
     Attributes:
         action: ``"built"``, ``"added"``, ``"unchanged"``, ``"mended"`` (an older whole generation

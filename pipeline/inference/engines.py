@@ -29,7 +29,7 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What an engine is built for.
+    """Device, precision, batch size and threads of an engine.
 
     Attributes:
         name: Which engine.

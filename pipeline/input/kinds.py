@@ -1,4 +1,4 @@
-"""What an object or a member of an archive is: told by its name, else by its first bytes.
+"""The kind of an object or archive member: from its name, else from its first bytes.
 
 One table for listings and for archives. Whatever is not read has a reason, so that nothing is
 left out without a word.

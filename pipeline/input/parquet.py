@@ -30,7 +30,7 @@ _BINARY_TYPES = (pa.binary(), pa.large_binary(), pa.binary_view())
 
 @dataclass(frozen=True, slots=True)
 class _Columns:
-    """What is read of a file.
+    """The columns to read from a file.
 
     Attributes:
         image: Name of the column with the images.

@@ -1,4 +1,4 @@
-"""What the service counts and times, in Prometheus' text format."""
+"""Counters and histograms of the service, in Prometheus' text format."""
 
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence

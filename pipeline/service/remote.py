@@ -19,7 +19,7 @@ from pipeline.storage import Storage
 
 @dataclass(frozen=True, slots=True)
 class RemoteReport:
-    """What a service answered.
+    """The answer of a service to a search.
 
     Attributes:
         url: The service.

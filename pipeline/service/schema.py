@@ -91,7 +91,7 @@ class _Strict(BaseModel):
 
 
 class Query(_Strict):
-    """What to look for: exactly one of the four."""
+    """The query of a search: exactly one of the four."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -290,7 +290,7 @@ class Column(BaseModel):
 
 
 class Info(BaseModel):
-    """What is being served."""
+    """The index that is being served."""
 
     generation: str
     rows: int

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServeReport:
-    """What a service did until it was stopped.
+    """Report of a service that has stopped.
 
     Attributes:
         index: URI of the index.

@@ -11,7 +11,7 @@ from pipeline.records import ObjectInfo
 
 
 class Readable(Protocol):
-    """What is needed of ``Storage``."""
+    """The methods of ``Storage`` that the Arrow file system calls."""
 
     def list_objects(self, uri: str) -> list[ObjectInfo]: ...  # noqa: D102
     def stat(self, uri: str) -> ObjectInfo: ...  # noqa: D102

@@ -41,7 +41,7 @@ _CREATE = ("If-None-Match", "*")
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What a look-up tells a writer.
+    """Version, writer and age of an object, as a HEAD request returns them.
 
     Attributes:
         etag: The object's version.
@@ -55,7 +55,7 @@ class Head:
 
 
 class Writer(Protocol):
-    """What is needed of ``S3Store``."""
+    """The methods of ``S3Store`` that conditional writes call."""
 
     def write(  # noqa: D102
         self, uri: str, data: bytes, *, condition: tuple[str, str] | None = None, write_id: str = ""

@@ -1,4 +1,4 @@
-"""What has changed since a generation was built: by shard first, by row only where it must be.
+"""Changes since a generation was built: by shard first, by row where a shard was replaced.
 
 A shard's id and content digest say whether its rows are still what was indexed, so an untouched
 shard costs a comparison of two strings. Only where a shard was replaced are its rows compared, by

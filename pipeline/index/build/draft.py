@@ -27,7 +27,7 @@ Sources = Sequence[PartSource | SegmentSource]
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """What a build works with.
+    """The inputs of a build: configuration, files, source, workers.
 
     Attributes:
         config: The settings.

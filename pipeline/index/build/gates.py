@@ -1,4 +1,4 @@
-"""What has to hold before a generation may be published."""
+"""The gates: conditions that a generation has to meet before it is published."""
 
 import contextlib
 import logging

@@ -64,7 +64,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Rest:
-    """What a generation needs besides its segments.
+    """Everything that the manifest of a generation records besides its segments.
 
     Attributes:
         generation: Its name.

@@ -43,7 +43,7 @@ BUILD_VERSION = 2
 """Part of every segment's name: raise it when the same rows would make other files."""
 
 COSINE_STRIDE = 16
-"""Every how manieth row is looked at for drift; assigning all of them twice would be dear."""
+"""Checks every 16th row for drift; assigning all rows twice is too slow."""
 
 KEY_GROUP_ROWS = 65_536
 
@@ -154,7 +154,7 @@ def build_segment(task: SegmentTask) -> BuiltSegment:
 
 @dataclass(slots=True)
 class _Totals:
-    """What a writer counts as rows pass."""
+    """Counts that a writer keeps as rows pass."""
 
     rows: int = 0
     skipped: dict[str, int] = field(default_factory=dict)

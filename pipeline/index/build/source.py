@@ -12,7 +12,7 @@ from pipeline.storage import Storage, join_uri, normalise_uri
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What is committed.
+    """The commits of an embeddings output at the start of a build.
 
     Attributes:
         uri: The embeddings output.

@@ -1,4 +1,4 @@
-"""What is decided once for all segments: the held-out queries and the codec."""
+"""Training, done once for all segments: draws the held-out queries, trains the codec."""
 
 import math
 import tempfile

@@ -29,7 +29,7 @@ LOG = logging.getLogger("pipeline.index")
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What is to be done.
+    """The planned action of an index job, and the reason for it.
 
     Attributes:
         full: Build everything anew.

@@ -36,7 +36,7 @@ EXACT_KINDS = ("flat", "hnsw")
 
 
 class Codec:
-    """What all segments of a generation share: how vectors are rotated, assigned and encoded.
+    """How vectors are rotated, assigned to lists and encoded; shared by all segments.
 
     Attributes:
         kind: One of ``selection.KINDS``.

@@ -86,7 +86,7 @@ _PAGE = """<!doctype html>
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What is searched with.
+    """One query of a search: its name, vector and picture.
 
     Attributes:
         name: Key, path, or row of a file.
@@ -101,7 +101,7 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class SearchReport:
-    """What a search found.
+    """The report of a search.
 
     Attributes:
         index: URI of the index.

@@ -1,4 +1,4 @@
-"""What is known of rows besides their vectors: read by row, found by key, filtered."""
+"""Keys and metadata columns of a segment's rows: read by row, found by key, filtered."""
 
 from collections.abc import Iterable, Iterator
 from difflib import SequenceMatcher

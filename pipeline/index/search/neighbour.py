@@ -1,4 +1,4 @@
-"""What goes into a search and what comes out of it."""
+"""The values of a search: its neighbours, and the description of the generation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
