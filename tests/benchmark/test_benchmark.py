@@ -259,19 +259,36 @@ def test_the_benchmark_measures_ceilings_and_writes_its_report(
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
+STAGES = ("list", "read", "decode", "transform", "forward", "write", "idle")
+JOB = f"""
+import json, sys, tarfile, time
+from pathlib import Path
+shards = Path(sys.argv[sys.argv.index("--input") + 1]).iterdir()
+images = sum(len(tarfile.open(path).getnames()) for path in shards)
+while time.process_time() < 0.2 + 0.01 * images:
+    pass
+time.sleep(0.4 + 0.03 * images)
+report = {{"rows": {{"ok": images}}, "stage_seconds": dict.fromkeys({STAGES!r}, 0.1)}}
+print(json.dumps(report | {{"efficiency": {{"reached": 1.0, "advice": "nothing to do"}}}}))
+"""
+"""Takes the place of the embed job: 10 ms of CPU time an image, and 30 ms of waiting."""
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_the_benchmark_measures_variants_and_scaling_of_the_job(tmp_path: Path):
+def test_the_benchmark_measures_variants_and_scaling_of_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "embed.py").write_text(JOB)
+    monkeypatch.setattr("pipeline.benchmark.programs.JOBS", tmp_path / "jobs")
     output = tmp_path / "report.json"
-    arguments = ["--model", "ese_vovnet19b_dw.ra_in1k", "--measure", "decode", "scaling"]
-    arguments += ["--images", "32", "--rounds", "1", "--image-size", "32"]
+    arguments = ["--model", "fbnetv3_b.ra2_in1k", "--measure", "decode", "scaling"]
+    arguments += ["--images", "20", "--rounds", "1", "--image-size", "32"]
     assert main([*arguments, "--output", str(output), "--work-dir", str(tmp_path)]) == 0
-    found = json.loads(output.read_text())["models"]["ese_vovnet19b_dw.ra_in1k"]
+    found = json.loads(output.read_text())["models"]["fbnetv3_b.ra2_in1k"]
     assert {"job", "job-fast", "job-decode-stage"} <= set(found["rates"])
     assert "job-fast / job, CPU time" in found["ratios"]
-    assert {"list", "read", "decode", "transform", "forward", "write", "idle"} <= set(
-        found["rates"]["job"]["stages_ms"]
-    )
+    assert set(STAGES) == set(found["rates"]["job"]["stages_ms"])
     scaling = found["tables"]["Scaling"]
     assert [row["case"] for row in scaling][:4] == [
         "1 actors",
@@ -279,7 +296,21 @@ def test_the_benchmark_measures_variants_and_scaling_of_the_job(tmp_path: Path):
         "4 actors",
         "1x the images",
     ]
-    assert all(row["images_per_s"] > 0 for row in scaling)
+    assert [row["images"] for row in scaling] == [20, 20, 20, 20, 80, 320, 20, 20]
+    assert all(row["cpu_ms_per_image"] == pytest.approx(10, rel=0.5) for row in scaling)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_benchmark_measures_the_real_job(tmp_path: Path):
+    output = tmp_path / "report.json"
+    arguments = ["--model", "ese_vovnet19b_dw.ra_in1k", "--measure", "job", "--rounds", "1"]
+    arguments += ["--images", "300", "--image-size", "128"]
+    assert main([*arguments, "--output", str(output), "--work-dir", str(tmp_path)]) == 0
+    rate = json.loads(output.read_text())["models"]["ese_vovnet19b_dw.ra_in1k"]["rates"]["job"]
+    assert rate["images_per_s"] > 0
+    assert set(STAGES) <= set(rate["stages_ms"])
+    assert rate["startup_s"] > 0
 
 
 def test_the_benchmark_measures_indexes_and_says_what_would_be_chosen(tmp_path: Path):
