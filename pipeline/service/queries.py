@@ -23,11 +23,17 @@ def compile_options(options: SearchOptions, snapshot: Snapshot) -> pc.Expression
     if options.space is not None and options.space != expected:
         detail = f"the index holds vectors of space {expected}; embed the query as it was"
         raise Problem(409, "other_space", detail=detail, where="space")
-    return None if options.filter is None else compile_filter(options.filter, snapshot)
+    if options.filter is None:
+        return None
+    if isinstance(options.filter, str) and not options.filter.strip():
+        # A program that builds filters, to keep owners apart perhaps, has lost one here.
+        detail = "the filter is empty; leave it out to search all images"
+        raise Problem(422, "invalid_filter", detail=detail, where="filter")
+    return compile_filter(options.filter, snapshot)
 
 
 def compile_filter(where: dict[str, Any] | str, snapshot: Snapshot) -> pc.Expression | None:
-    """Return a compiled filter; None for a text of nothing but spaces.
+    """Return a compiled filter; None for a text of nothing but spaces, as a form sends it.
 
     Raises:
         Problem: 422, the filter does not fit the columns.

@@ -189,6 +189,14 @@ def test_a_wrong_filter_names_the_column_that_was_meant(http):
     assert problem["where"] == "filter"
 
 
+@pytest.mark.parametrize("text", ["", "   "])
+def test_an_empty_filter_of_a_search_is_refused_and_not_taken_for_none(http, text):
+    answer = post_search(http, {"key": KEY}, filter=text)
+    problem = check_problem(answer, 422, "invalid_filter")
+    assert "leave it out to search all images" in problem["detail"]
+    assert post_search(http, {"key": KEY}).status_code == 200
+
+
 def test_a_filter_cannot_name_a_hidden_column(http):
     check_problem(post_search(http, {"key": KEY}, filter="shard ~ tmp"), 422, "invalid_filter")
 
