@@ -305,7 +305,7 @@ def test_the_benchmark_measures_variants_and_scaling_of_the_job(
 def test_the_benchmark_measures_the_real_job(tmp_path: Path):
     output = tmp_path / "report.json"
     arguments = ["--model", "ese_vovnet19b_dw.ra_in1k", "--measure", "job", "--rounds", "1"]
-    arguments += ["--images", "300", "--image-size", "128"]
+    arguments += ["--images", "600", "--image-size", "128"]
     assert main([*arguments, "--output", str(output), "--work-dir", str(tmp_path)]) == 0
     rate = json.loads(output.read_text())["models"]["ese_vovnet19b_dw.ra_in1k"]["rates"]["job"]
     assert rate["images_per_s"] > 0

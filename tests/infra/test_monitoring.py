@@ -1,5 +1,6 @@
 """The dashboard and the alert rules against the metrics that are really exported."""
 
+import asyncio
 import http.server
 import json
 import re
@@ -76,7 +77,7 @@ def render_others() -> str:
     service.requests.labels("POST", "/v1/search", "503").inc()
     service.request_s.labels("/v1/search").observe(0.002)
     night = Freshness(time.time(), 1.0, time.time(), "00001-x", 10, {"ok": 10, "truncated": 1})
-    return service.render().decode() + night.to_prometheus()
+    return asyncio.run(service.render()).decode() + night.to_prometheus()
 
 
 class OthersHandler(http.server.BaseHTTPRequestHandler):
