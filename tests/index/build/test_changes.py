@@ -4,8 +4,8 @@ from decimal import Decimal
 import numpy as np
 import pyarrow as pa
 import pytest
-from index.corpus import STORAGE, Corpus, draw_vectors
 
+from index.corpus import STORAGE, Corpus, draw_vectors
 from pipeline.index.build.changes import (
     Owner,
     Range,

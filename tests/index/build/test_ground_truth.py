@@ -1,7 +1,7 @@
 import numpy as np
 import pyarrow as pa
-from index.corpus import STORAGE, build, make_corpus
 
+from index.corpus import STORAGE, build, make_corpus
 from pipeline.benchmark.synthetic import generate_vectors
 from pipeline.index.build.ground_truth import (
     DEPTH,

@@ -1,8 +1,8 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from index.corpus import STORAGE, Corpus, draw_vectors, make_corpus
 
+from index.corpus import STORAGE, Corpus, draw_vectors, make_corpus
 from pipeline.errors import CorruptionError
 from pipeline.index.build.rows import (
     Block,

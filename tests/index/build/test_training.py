@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
-from index.corpus import STORAGE, build, make_corpus
 
+from index.corpus import STORAGE, build, make_corpus
 from pipeline.errors import SettingsError
 from pipeline.index.build.ground_truth import read_queries
 from pipeline.index.build.kinds import make_plan

@@ -1,0 +1,1 @@
+"""Builds a generation: source, differences, training, segments, measurement, gates, seal."""
