@@ -72,7 +72,7 @@ def test_a_part_that_is_missing_cut_or_of_another_length_is_named(tmp_path):
     with pytest.raises(CorruptionError, match=r"00000-\w+.parquet cannot be read"):
         read_all(corpus)
     path.unlink()
-    with pytest.raises(CorruptionError, match=r"00000-\w+.parquet is missing; check with embed"):
+    with pytest.raises(CorruptionError, match=r"parquet is missing; delete .* run the embed job"):
         read_all(corpus)
 
 
