@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,15 @@ import pyarrow as pa
 from pipeline.benchmark.commands import run_module
 from pipeline.benchmark.setting import Setting
 from pipeline.config import EmbedConfig
-from pipeline.embed_job.actors import EmbedActor, make_flow_settings
+from pipeline.embed_job.actors import EmbedActor, FlowSettings, make_flow_settings
 from pipeline.embed_job.plan import plan_shards
 from pipeline.embed_job.prepare import describe_output, make_output
 from pipeline.embed_job.resources import Resources
 from pipeline.embed_job.wire import LoadBounds, read_loads, unpack_receipts
+from pipeline.inference.embedder import Embedder
 from pipeline.inference.engines import Forwarded, Pixels
 from pipeline.input.listing import list_sources
+from pipeline.records import Space
 from pipeline.storage import Storage
 
 _CALLS = 2  # as many loads are in an actor with a GPU at once
@@ -68,14 +71,18 @@ class _Device:
 
     depth = 1
 
-    def __init__(self, image_size: int, dim: int, *, batch_size: int, image_s: float) -> None:
+    def __init__(self, space: Space, batch_size: int) -> None:
         self.batch_size = batch_size
+        self._shape = (batch_size, space.image_size, space.image_size, 3)
+        self._dim = space.dim
+        self._queue = ThreadPoolExecutor(1, "device")
+        self.restart(image_s=0.0)
+
+    def restart(self, *, image_s: float) -> None:
+        """Take that long for an image from now on, and count from zero."""
         self.busy_s = 0.0
         self.span_s = (math.inf, 0.0)
-        self._shape = (batch_size, image_size, image_size, 3)
-        self._dim = dim
         self._image_s = image_s
-        self._queue = ThreadPoolExecutor(1, "device")
 
     def allocate(self) -> Pixels:
         return np.zeros(self._shape, np.uint8)
@@ -114,11 +121,15 @@ def measure_overlap(spec: Mapping[str, Any], folder: Path) -> OverlapFindings:
         spec: ``model``, ``weights``, ``shards``, ``cores``.
         folder: An empty folder.
     """
-    actor, loads = _prepare(spec, folder)
-    alone = _run(actor, loads, image_s=0.0)
-    image_s = _SLOWER * alone.host_s / alone.images / spec["cores"]
-    found = _run(actor, loads, image_s=image_s)
-    actor._embedder.close()
+    settings, loads = _prepare(spec, folder)
+    space = settings.info.space
+    device = _Device(space, settings.embedder.batch_size)
+    with closing(Embedder(space, device, options=settings.embedder)) as embedder:
+        actor = EmbedActor(settings, make=lambda _: embedder)
+        alone = _run(actor, loads, device)
+        image_s = _SLOWER * alone.host_s / alone.images / spec["cores"]
+        device.restart(image_s=image_s)
+        found = _run(actor, loads, device)
     ms = 1e3 / found.images
     return OverlapFindings(
         images=found.images,
@@ -132,7 +143,7 @@ def measure_overlap(spec: Mapping[str, Any], folder: Path) -> OverlapFindings:
     )
 
 
-def _prepare(spec: Mapping[str, Any], folder: Path) -> tuple[EmbedActor, list[pa.Table]]:
+def _prepare(spec: Mapping[str, Any], folder: Path) -> tuple[FlowSettings, list[pa.Table]]:
     config = EmbedConfig(
         input=(spec["shards"],),
         output=str(folder / "output"),
@@ -149,7 +160,7 @@ def _prepare(spec: Mapping[str, Any], folder: Path) -> tuple[EmbedActor, list[pa
     settings = make_flow_settings(config, info, resources, run_id="overlap")
     bounds = LoadBounds(config.chunk_images, 2**30)
     loads = read_loads(plan.embed, storage=storage, options=settings.read, bounds=bounds)
-    return EmbedActor(settings), list(loads)
+    return settings, list(loads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +175,7 @@ class _Times:
     busy: float
 
 
-def _run(actor: EmbedActor, loads: list[pa.Table], *, image_s: float) -> _Times:
-    embedder = actor._embedder
-    space = embedder.space
-    device = _Device(space.image_size, space.dim, batch_size=embedder.batch_size, image_s=image_s)
-    embedder._engine = device
+def _run(actor: EmbedActor, loads: list[pa.Table], device: _Device) -> _Times:
     start_s, start_cpu_s = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(_CALLS) as calls:
         receipts = [r for batch in calls.map(actor, loads) for r in unpack_receipts(batch)]

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -61,7 +61,7 @@ class FlowSettings:
 
 def make_embedder(settings: FlowSettings) -> Embedder:
     """Build the embedder of this process."""
-    return Embedder(
+    return Embedder.load(
         settings.info.space,
         weights=settings.weights,
         options=settings.embedder,
@@ -89,15 +89,22 @@ class DecodeActor:
 
 
 class EmbedActor:
-    """A process with an embedder; turns loads into parts and receipts."""
+    """A process with an embedder; turns loads into parts and receipts.
+
+    Args:
+        settings: The run's settings.
+        make: Builds the embedder.
+    """
 
     _embedder: Embedder
 
-    def __init__(self, settings: FlowSettings) -> None:
+    def __init__(
+        self, settings: FlowSettings, *, make: Callable[[FlowSettings], Embedder] = make_embedder
+    ) -> None:
         self._settings = settings
         self._failure: AbortError | None = None
         try:
-            self._embedder = make_embedder(settings)
+            self._embedder = make(settings)
         except AbortError as error:
             self._failure = error
         self._metrics = ActorMetrics(settings.run_id)

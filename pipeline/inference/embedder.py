@@ -98,36 +98,74 @@ def make_crop_maker(space: Space, options: EmbedderOptions, buffers: SharedBuffe
     return GpuCropMaker(space, device=options.device, limits=options.limits, host=host)
 
 
-class Embedder:
-    """Embeds encoded images into one space.
+def open_engine(
+    space: Space, *, weights: str, options: EmbedderOptions, storage: Storage | None = None
+) -> tuple[Engine, Deviation]:
+    """Build the engine of a space from a checkpoint, and measure how exact it is.
 
     Args:
         space: The space; its weights digest is checked.
         weights: Path or URI of the checkpoint.
-        options: Device, engine, batch size, limits.
+        options: Device, engine, batch size, threads.
         storage: How to reach ``weights``.
 
-    Attributes:
-        batch_size: Images in one forward pass; halved when memory ran out.
-        num_oom_halvings: How often it was.
-        deviation: How far the engine is from plain float32 PyTorch, measured when it was built.
+    Returns:
+        The engine, and how far it is from plain float32 PyTorch.
 
     Raises:
         CorruptionError: The weights are not those of the space.
         SettingsError: The device or the engine cannot compute in the space's precision, or is
             further from plain float32 PyTorch than the precision explains.
     """
+    loaded = load_weights(space.backbone, weights, storage=storage)
+    digest = weights_digest(loaded.state_dict)
+    if digest != space.weights_sha256:
+        raise CorruptionError(
+            f"{weights} holds other weights (digest {digest[:16]}) than the space was made "
+            f"with ({space.weights_sha256[:16]}); give the original checkpoint"
+        )
+    num_classes = None if options.top_k_classes else 0
+    backbone = create_backbone(space.backbone, weights=loaded, num_classes=num_classes)
+    engine_options = EngineOptions(
+        name=options.engine,
+        device=options.device,
+        precision=space.precision,
+        batch_size=options.batch_size,
+        threads=options.torch_threads,
+        logits=options.top_k_classes > 0,
+    )
+    engine = build_engine(backbone, data_config_of(space), engine_options)
+    deviation = measure_deviation(engine, backbone, data_config_of(space))
+    check_deviation(deviation, engine_options, space.backbone)
+    return engine, deviation
+
+
+class Embedder:
+    """Embeds encoded images into one space; ``Embedder.load`` makes one from a checkpoint.
+
+    Args:
+        space: The space.
+        engine: Computes the forward pass, in the space's precision.
+        options: Device, batch size, limits; the batch size is also the engine's.
+        deviation: How far the engine is from plain float32 PyTorch, where that was measured.
+
+    Attributes:
+        batch_size: Images in one forward pass; halved when memory ran out.
+        num_oom_halvings: How often it was.
+    """
 
     def __init__(
         self,
         space: Space,
+        engine: Engine,
         *,
-        weights: str,
         options: EmbedderOptions | None = None,
-        storage: Storage | None = None,
+        deviation: Deviation | None = None,
     ) -> None:
         self.space = space
+        self.engine = engine
         self.options = options or EmbedderOptions()
+        self.deviation = deviation
         self._lock = threading.Lock()
         self._buffers = SharedBuffers(
             self.options.batch_size,
@@ -135,9 +173,22 @@ class Embedder:
             pin=partial(pin_memory, device=self.options.device),
         )
         self._crops = make_crop_maker(space, self.options, self._buffers)
-        self._engine, self.deviation = self._build_engine(weights, storage)
-        self.batch_size = self._engine.batch_size
+        self.batch_size = engine.batch_size
         self.num_oom_halvings = 0
+
+    @classmethod
+    def load(
+        cls,
+        space: Space,
+        *,
+        weights: str,
+        options: EmbedderOptions | None = None,
+        storage: Storage | None = None,
+    ) -> "Embedder":
+        """Return an embedder with the engine that ``open_engine`` builds; same arguments."""
+        options = options or EmbedderOptions()
+        engine, deviation = open_engine(space, weights=weights, options=options, storage=storage)
+        return cls(space, engine, options=options, deviation=deviation)
 
     def embed_images(self, images: Sequence[bytes]) -> list[Embedding]:
         """Embed encoded images, e.g. of a query."""
@@ -179,35 +230,11 @@ class Embedder:
             except BaseException:
                 self._buffers.give_back(batch.buffer)
                 raise
-            while len(started) > self._engine.depth:
+            while len(started) > self.engine.depth:
                 self._collect(started.popleft(), outcomes, seconds)
         for unfinished in started:
             self._collect(unfinished, outcomes, seconds)
         return EmbeddedBatch([outcomes[index] for index in range(len(outcomes))], seconds)
-
-    def _build_engine(self, weights: str, storage: Storage | None) -> tuple[Engine, Deviation]:
-        space, options = self.space, self.options
-        loaded = load_weights(space.backbone, weights, storage=storage)
-        digest = weights_digest(loaded.state_dict)
-        if digest != space.weights_sha256:
-            raise CorruptionError(
-                f"{weights} holds other weights (digest {digest[:16]}) than the space was made "
-                f"with ({space.weights_sha256[:16]}); give the original checkpoint"
-            )
-        num_classes = None if options.top_k_classes else 0
-        backbone = create_backbone(space.backbone, weights=loaded, num_classes=num_classes)
-        engine_options = EngineOptions(
-            name=options.engine,
-            device=options.device,
-            precision=space.precision,
-            batch_size=options.batch_size,
-            threads=options.torch_threads,
-            logits=options.top_k_classes > 0,
-        )
-        engine = build_engine(backbone, data_config_of(space), engine_options)
-        deviation = measure_deviation(engine, backbone, data_config_of(space))
-        check_deviation(deviation, engine_options, space.backbone)
-        return engine, deviation
 
     def _start(self, batch: Batch) -> "_Started":
         """Hand a batch to the engine; when memory runs out, go on with smaller ones for good."""
@@ -217,7 +244,7 @@ class Embedder:
         if len(batch.members) <= self.batch_size:
             try:
                 with self._lock:
-                    started.wait = self._engine.submit(batch.pixels)
+                    started.wait = self.engine.submit(batch.pixels)
                 return started
             except torch.OutOfMemoryError:
                 self._shrink(len(batch.members))
@@ -232,7 +259,7 @@ class Embedder:
             piece = pixels[start : start + self.batch_size]
             try:
                 with self._lock:
-                    parts.append(self._engine.submit(piece)())
+                    parts.append(self.engine.submit(piece)())
                 start += len(piece)
             except torch.OutOfMemoryError:
                 self._shrink(len(piece))
@@ -244,7 +271,7 @@ class Embedder:
         with self._lock:
             self.batch_size = min(self.batch_size, (too_many + 1) // 2)
             self.num_oom_halvings += 1
-            self._engine.shrink(self.batch_size)
+            self.engine.shrink(self.batch_size)
 
     def _collect(
         self, started: "_Started", outcomes: dict[int, Embedding], seconds: dict[str, float]

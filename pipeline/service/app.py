@@ -233,7 +233,7 @@ def open_embedder(config: ServeConfig, info: IndexInfo, storage: Storage) -> "Em
         image_timeout_s=config.request_timeout_s,
         top_k_classes=config.top_k_classes,
     )
-    return Embedder(info.space, weights=weights, options=options, storage=storage)
+    return Embedder.load(info.space, weights=weights, options=options, storage=storage)
 
 
 def _open_pictures(config: ServeConfig, storage: Storage, metrics: Metrics) -> PictureLoader:

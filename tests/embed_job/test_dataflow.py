@@ -16,7 +16,7 @@ from PIL import Image
 from runs import assert_same_rows, count_files, make_config, read_rows, start_job, wait_until
 
 from pipeline.config import EmbedConfig
-from pipeline.embed_job.actors import EmbedActor, make_flow_settings
+from pipeline.embed_job.actors import EmbedActor, FlowSettings, make_flow_settings
 from pipeline.embed_job.dataflow import cluster
 from pipeline.embed_job.lease import Holder
 from pipeline.embed_job.resources import Resources
@@ -30,6 +30,7 @@ from pipeline.errors import (
     SettingsError,
     WeightsError,
 )
+from pipeline.inference.embedder import Embedder, open_engine
 from pipeline.inference.engines import Forwarded, Pixels
 from pipeline.output.commits import list_commits
 from pipeline.output.info import read_output_info
@@ -158,8 +159,12 @@ def make_limited_actor(config: EmbedConfig, *, fits: int) -> type:
         def __init__(self) -> None:
             info = read_output_info(config.output, Storage())
             resources = Resources(actors=1, cpus=1.0, gpus=0.0)
-            super().__init__(make_flow_settings(config, info, resources, run_id="limited"))
-            engine = self._embedder._engine
+            settings = make_flow_settings(config, info, resources, run_id="limited")
+            super().__init__(settings, make=self._make_limited)
+
+        def _make_limited(self, settings: FlowSettings) -> Embedder:
+            space, options = settings.info.space, settings.embedder
+            engine, _ = open_engine(space, weights=settings.weights, options=options)
             submit = engine.submit
 
             def submit_few(pixels: Pixels) -> Callable[[], Forwarded]:
@@ -168,6 +173,7 @@ def make_limited_actor(config: EmbedConfig, *, fits: int) -> type:
                 return submit(pixels)
 
             engine.submit = submit_few
+            return Embedder(space, engine, options=options)
 
     return Limited
 

@@ -35,7 +35,7 @@ def space(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Space:
 
 @pytest.fixture(scope="module")
 def embedder(space: Space, weights: Path) -> Iterator[Embedder]:
-    made = Embedder(space, weights=str(weights), options=OPTIONS)
+    made = Embedder.load(space, weights=str(weights), options=OPTIONS)
     yield made
     made.close()
 
@@ -106,7 +106,7 @@ def test_an_image_that_takes_too_long_costs_its_own_row_only(space: Space, weigh
     slow = io.BytesIO()
     Image.new("L", (10_000, 9_000)).save(slow, "PNG")
     options = replace(OPTIONS, image_timeout_s=0.2)
-    embedder = Embedder(space, weights=str(weights), options=options)
+    embedder = Embedder.load(space, weights=str(weights), options=options)
     small = encode(make_picture(0, (8, 8)), "PNG")
     embeddings = embedder.embed_images([small, slow.getvalue(), small])
     assert [e.status for e in embeddings] == ["ok", "unreadable", "ok"]
@@ -124,7 +124,9 @@ def test_a_vector_that_overflows_its_stored_type_is_non_finite(
     save_weights(state, str(loud))
     digest = weights_digest(load_weights(MODEL, str(loud)).state_dict)
     options = replace(OPTIONS, embedding_dtype="float16")
-    embedder = Embedder(replace(space, weights_sha256=digest), weights=str(loud), options=options)
+    embedder = Embedder.load(
+        replace(space, weights_sha256=digest), weights=str(loud), options=options
+    )
     (embedding,) = embedder.embed_images([make_jpeg()])
     assert embedding.status == "non_finite"
     assert embedding.vector is None
@@ -136,4 +138,4 @@ def test_a_vector_that_overflows_its_stored_type_is_non_finite(
 def test_other_weights_than_the_spaces_are_refused(space: Space, weights: Path):
     other = replace(space, weights_sha256="00" * 32)
     with pytest.raises(CorruptionError, match=r"holds other weights \(digest .*give the original"):
-        Embedder(other, weights=str(weights), options=OPTIONS)
+        Embedder.load(other, weights=str(weights), options=OPTIONS)

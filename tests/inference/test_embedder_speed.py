@@ -25,7 +25,7 @@ from pipeline.images.crops import HostCropMaker, recipe_of
 from pipeline.images.decode import ImageLimits
 from pipeline.images.gpu import GpuCropMaker, find_gpu_decoder_version
 from pipeline.inference.deviation import LARGEST_DEVIATION
-from pipeline.inference.embedder import Embedder, EmbedderOptions
+from pipeline.inference.embedder import Embedder, EmbedderOptions, open_engine
 from pipeline.inference.engines import Engine, Forwarded, Pixels, warm_up
 from pipeline.records import Chunk, Embedding, Record, Shard, Space
 from pipeline.storage import Storage
@@ -61,7 +61,7 @@ def space(weights: Path) -> Space:
 @pytest.fixture(scope="module")
 def embedder(space: Space, weights: Path) -> Iterator[Embedder]:
     options = EmbedderOptions(batch_size=4, torch_threads=1, limits=LIMITS)
-    made = Embedder(space, weights=str(weights), options=options)
+    made = Embedder.load(space, weights=str(weights), options=options)
     yield made
     made.close()
 
@@ -104,8 +104,8 @@ def test_when_memory_runs_out_batches_shrink_for_good_and_no_image_is_lost(
     space: Space, weights: Path, embedder: Embedder
 ):
     options = EmbedderOptions(batch_size=8, torch_threads=1)
-    small = Embedder(space, weights=str(weights), options=options)
-    small._engine = engine = SmallMemory(small._engine, fits=3)
+    engine = SmallMemory(open_engine(space, weights=str(weights), options=options)[0], fits=3)
+    small = Embedder(space, engine, options=options)
     records = make_records([make_jpeg(seed) for seed in range(19)])
     found = small.embed(records).embeddings
     assert small.batch_size == 2
@@ -119,16 +119,17 @@ def test_when_memory_runs_out_batches_shrink_for_good_and_no_image_is_lost(
 
 
 def test_a_device_too_small_for_the_first_batch_starts_with_a_smaller_one(embedder: Embedder):
-    engine = SmallMemory(embedder._engine, fits=3)
+    engine = SmallMemory(embedder.engine, fits=3)
     warm_up(engine)
     assert engine.sizes == [engine.batch_size] == [2]
     with pytest.raises(torch.OutOfMemoryError):
-        warm_up(SmallMemory(embedder._engine, fits=0))
+        warm_up(SmallMemory(embedder.engine, fits=0))
 
 
 def test_one_image_that_does_not_fit_ends_the_run(space: Space, weights: Path):
-    small = Embedder(space, weights=str(weights))
-    small._engine = SmallMemory(small._engine, fits=0)
+    options = EmbedderOptions()
+    engine, _ = open_engine(space, weights=str(weights), options=options)
+    small = Embedder(space, SmallMemory(engine, fits=0), options=options)
     with pytest.raises(torch.OutOfMemoryError, match="one image does not fit"):
         small.embed_images([make_jpeg()])
     small.close()
@@ -159,7 +160,7 @@ def test_an_engine_that_computes_something_else_is_refused_when_it_is_built(
 ):
     monkeypatch.setitem(LARGEST_DEVIATION, "fp32", 0.0)
     with pytest.raises(SettingsError, match="engine torch in fp32 is off by"):
-        Embedder(space, weights=str(weights))
+        Embedder.load(space, weights=str(weights))
 
 
 def test_stages_are_timed(embedder: Embedder):
@@ -254,7 +255,7 @@ def test_a_missing_gpu_decoder_is_named_with_its_remedy(monkeypatch: pytest.Monk
 def test_without_a_gpu_a_lookup_in_a_gpu_decoded_space_decodes_with_pillow(
     space: Space, weights: Path, embedder: Embedder
 ):
-    lookup = Embedder(replace(space, decode="gpu"), weights=str(weights))
+    lookup = Embedder.load(replace(space, decode="gpu"), weights=str(weights))
     found, exact = lookup.embed_images([make_jpeg()]), embedder.embed_images([make_jpeg()])
     np.testing.assert_allclose(found[0].vector, exact[0].vector, rtol=1e-3, atol=1e-4)
     lookup.close()

@@ -238,7 +238,7 @@ def embed_query(data: bytes, name: str, *, info: IndexInfo, storage: Storage) ->
     )
 
     options = EmbedderOptions(decode_processes=0)
-    embedder = Embedder(info.space, weights=info.weights, options=options, storage=storage)
+    embedder = Embedder.load(info.space, weights=info.weights, options=options, storage=storage)
     [embedding] = embedder.embed_images([data])
     embedder.close()
     if embedding.vector is None:

@@ -42,7 +42,7 @@ def gallery(tmp_path_factory, weights):
     pictures = [draw(list(COLOURS)[number % 3], number) for number in range(12)]
     offsets = write_tar(folder / "a.tar", pictures)
     info = describe_output(weights)
-    embedder = Embedder(info.space, weights=str(weights), options=EmbedderOptions())
+    embedder = Embedder.load(info.space, weights=str(weights), options=EmbedderOptions())
     embedded = embedder.embed_images(pictures)
     embedder.close()
     rows = [
