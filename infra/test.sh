@@ -35,8 +35,10 @@ say "pytest"
 if [ $# -gt 0 ]; then
   exec pytest --durations=15 "$@"
 fi
-# Two at a time; tests that share a Ray or a server share a process (tests/conftest.py).
-run_tests -m "not slow" --numprocesses 2 --dist loadgroup
+# Two at a time; tests that share a Ray or a server share a process (tests/conftest.py). A test that
+# hangs beyond pytest-timeout's reach ends its process after eleven minutes, with everyone's stack.
+run_tests -m "not slow" --numprocesses 2 --dist loadgroup \
+  -o faulthandler_timeout=660 -o faulthandler_exit_on_timeout=true
 if [ "${CI:-}" = true ]; then
   say "pytest, the slow ones"
   run_tests -m slow

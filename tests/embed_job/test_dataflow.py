@@ -211,12 +211,12 @@ class TestRuns:
         config = make_config(tmp_path / "in", output, weights, chunk_images=6)
         with ThreadPoolExecutor(1) as pool:
             run = pool.submit(embed, config)
-            wait_until(lambda: count_files(output, "commits") >= 1 or run.done())
+            wait_until(lambda: count_files(output, "parts") >= 1 or run.done())
             theirs = take_over(output / "lease.json")
             with pytest.raises(LeaseError, match=r"another run took .* over; this one stops"):
                 run.result()
         assert (output / "lease.json").read_bytes() == theirs
-        assert 1 <= len(list_commits(config.output, Storage())) < shards
+        assert len(list_commits(config.output, Storage())) < shards
         assert count_files(output, "runs") == 0
         (output / "lease.json").unlink()
         assert embed(config).rows == {"ok": 6 * shards}
