@@ -183,8 +183,12 @@ class Lease:
     def _give_back(self) -> None:
         # A lease that storage does not delete expires; that is no error.
         with suppress(StorageError):
-            if self._storage.read_versioned(self._uri)[1] == self._version:
+            if self._is_own(self._storage.read(self._uri)):
                 self._storage.delete([self._uri])
+
+    def _is_own(self, data: bytes) -> bool:
+        holder = Holder.from_json(data)
+        return holder is not None and holder.run_id == self._run_id
 
     def _acquire(self) -> str:
         for _ in range(3):
@@ -255,8 +259,21 @@ class Lease:
             asked_s = _now_s()
             data = Holder.here(self._run_id).to_json()
             try:
-                self._version = self._storage.put_if_version(self._uri, data, self._version)
+                self._version = self._write_again(data)
             except (ConflictError, ObjectMissingError):
                 self._lost = f"another run took {self._uri} over; this one stops"
                 return
             self._renewed_s = asked_s
+
+    def _write_again(self, data: bytes) -> str:
+        """Replace the lease while it is this run's; return its version.
+
+        The reply to an earlier renewal may have been lost, so that its version is not known here.
+        """
+        try:
+            return self._storage.put_if_version(self._uri, data, self._version)
+        except ConflictError:
+            found, version = self._storage.read_versioned(self._uri)
+            if not self._is_own(found):
+                raise
+            return self._storage.put_if_version(self._uri, data, version)

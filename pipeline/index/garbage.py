@@ -13,6 +13,7 @@ import logging
 import time
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from pipeline.errors import (
@@ -162,11 +163,13 @@ def delete_garbage(index: str, found: Garbage, storage: Storage) -> None:
         uri = join_uri(index, "CURRENT")
         storage.put_if_version(uri, announced.to_json(), found.current.version)
     except ConflictError as error:
-        storage.delete([join_uri(index, path)])
-        raise PublishError(
-            f"nothing was deleted: a generation was published at {index}/CURRENT meanwhile; "
-            "run again"
-        ) from error
+        now = look_up(index, storage).pointer
+        if now is None or now.doomed != path:  # else the announcement's reply was lost
+            storage.delete([join_uri(index, path)])
+            raise PublishError(
+                f"nothing was deleted: a generation was published at {index}/CURRENT meanwhile; "
+                "run again"
+            ) from error
     markers = [uri for uri in found.uris if uri.endswith(MARKERS)]
     storage.delete(markers)
     storage.delete(uri for uri in found.uris if not uri.endswith(MARKERS))
@@ -177,12 +180,11 @@ def _forget_doomed(index: str, path: str, storage: Storage) -> None:
     """Take a list of doomed files out of ``CURRENT``, whatever was published meanwhile."""
     for _ in range(MAX_TRIES):
         current = look_up(index, storage)
-        if current.pointer is None or current.version is None or current.pointer.doomed != path:
+        if current.pointer is None or current.version is None:
+            return
+        if current.pointer.doomed != path:
+            storage.delete([join_uri(index, path)])
             return
         cleared = replace(current.pointer, doomed="")
-        try:
+        with suppress(ConflictError):
             storage.put_if_version(join_uri(index, "CURRENT"), cleared.to_json(), current.version)
-        except ConflictError:
-            continue
-        storage.delete([join_uri(index, path)])
-        return

@@ -86,7 +86,10 @@ def swap_pointer(files: FileStore, target: Target, before: Current) -> Pointer:
                 files.storage.put_if_version(uri, pointer.to_json(), before.version)
             return pointer
         except ConflictError as error:
-            before = _let_pass(files, target, before, error)
+            again = look_up(files.index, files.storage)
+            if _took_effect(pointer, before.pointer, again.pointer):
+                return pointer
+            before = _let_pass(files, target, before, again, error)
     raise PublishError(f"{uri} kept changing for {MAX_TRIES} tries; run again when nothing else is")
 
 
@@ -99,9 +102,22 @@ def _follow(pointer: Pointer | None, target: Target) -> Pointer:
     )
 
 
-def _let_pass(files: FileStore, target: Target, before: Current, error: ConflictError) -> Current:
-    """Return what ``CURRENT`` is now if nothing but garbage has been collected since."""
-    again = look_up(files.index, files.storage)
+def _took_effect(written: Pointer, before: Pointer | None, now: Pointer | None) -> bool:
+    """Tell whether a write of ``CURRENT`` that met a conflict had been carried out before.
+
+    When the reply to a write is lost it is sent again, and the second one meets what the first one
+    wrote, or what somebody made of that since.
+    """
+    if now is None or _same_publication(written, now):
+        return now is not None
+    served = (before.generation, *before.history) if before else ()
+    return written.generation in now.history and written.generation not in served
+
+
+def _let_pass(
+    files: FileStore, target: Target, before: Current, again: Current, error: ConflictError
+) -> Current:
+    """Return ``again``, what ``CURRENT`` is now, if it is nothing but garbage collected since."""
     if not _same_publication(before.pointer, again.pointer):
         raise PublishError(
             f"generation {target.generation} was not published: another publisher was first at "

@@ -24,6 +24,9 @@ _COPY_BYTES = 1 << 20
 class LocalStore:
     """Paths of the local file system. A URI is an absolute path here."""
 
+    def __init__(self) -> None:
+        self._begun: set[str] = set()  # ids of conditional writes that have not returned
+
     def list_objects(self, uri: str) -> list[ObjectInfo | FailedObject]:
         """Return the files under a folder, or the one file; in no order.
 
@@ -81,16 +84,24 @@ class LocalStore:
             file.write(data)
 
     def put_if(self, uri: str, data: bytes, *, version: str | None, write_id: str) -> str:
-        """Write if the content still has ``version``, or is absent where None."""
+        """Write if the content still has ``version``, or is absent where None.
+
+        A try may fail after it took effect (a network file system lost its reply). The next try of
+        the same write, told by ``write_id``, finds its own content there and writes it once more.
+        """
+        written = self.conditional_version(data, "")
         with _lock(Path(uri)):
             found = self._find_content_version(uri)
-            if found != version:
+            if found != version and not (write_id in self._begun and found == written):
+                self._begun.discard(write_id)
                 raise ConflictError(
                     f"cannot write {uri!r}: it {'exists' if version is None else 'has changed'}; "
                     "another writer was first: read it again"
                 )
+            self._begun.add(write_id)
             self.put(uri, data)
-        return self.conditional_version(data, "")
+        self._begun.discard(write_id)
+        return written
 
     def conditional_version(self, data: bytes, _version: str) -> str:
         """Return the version that ``put_if`` compares: a digest.

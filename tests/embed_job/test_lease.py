@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.embed_job.lease import Holder, Lease
-from pipeline.errors import LeaseError
+from pipeline.errors import LeaseError, StorageError
 from pipeline.storage import Storage
+from pipeline.storage.local import LocalStore
 
 STORAGE = Storage()
 
@@ -141,6 +142,25 @@ def test_a_long_pause_with_nobody_else_about_is_no_reason_to_stop(
         monkeypatch.setattr(time, "clock_gettime", lambda _: now_s + 3601.0)
         lease.check()
         assert read_holder(tmp_path).run_id == "mine"
+
+
+def test_a_renewal_whose_replies_were_all_lost_is_not_taken_for_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real = LocalStore.put_if
+
+    def lose_reply(self: LocalStore, *args: object, **options: object) -> str:
+        real(self, *args, **options)
+        raise StorageError("the reply was lost")
+
+    with take(tmp_path, expire_s=3600.0) as lease:
+        now_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+        monkeypatch.setattr(time, "clock_gettime", lambda _: now_s + 3601.0)
+        with monkeypatch.context() as patch, pytest.raises(StorageError, match="reply was lost"):
+            patch.setattr(LocalStore, "put_if", lose_reply)
+            lease.check()
+        lease.check()
+    assert not (tmp_path / "lease.json").exists()
 
 
 def test_a_run_on_another_machine_is_dead_when_its_lease_stays_unchanged(tmp_path: Path):
