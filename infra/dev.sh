@@ -81,6 +81,14 @@ export PATH="$VENV/bin:\$PATH"
 ENV
 }
 
+# The shipped configuration, with this Ray's list of nodes and the rules where they are.
+write_prometheus() {
+  local key="$DEV/lookups-key"
+  [ -e "$key" ] || echo none >"$key" # lookups on loopback want no key; put one in where they do
+  sed -e "s|/tmp/ray/|$RAY_TMP/|" -e "s|\[alerts.yaml\]|[$ROOT/infra/prometheus/alerts.yaml]|" \
+    infra/prometheus/prometheus.yaml >"$DEV/prometheus.yaml"
+}
+
 fill_bucket() {
   python infra/demo_pictures.py "$DEV/photos" >&2
   python - "$DEV/photos" <<'PY'
@@ -102,6 +110,7 @@ up() {
   write_env
   source "$DEV/env"
   start_ray
+  write_prometheus
   fill_bucket
   status
   cat <<TEXT
@@ -109,6 +118,7 @@ up() {
 source $DEV/env
 ray job submit -- image-nightly --input s3://dev/photos --output s3://dev/embeddings \\
   --index s3://dev/index --model ese_vovnet19b_dw.ra_in1k --weights random:0
+prometheus --config.file=$DEV/prometheus.yaml --storage.tsdb.path=$DEV/prometheus
 TEXT
 }
 

@@ -16,8 +16,23 @@ install_browser() {
     </dev/null >/dev/null 2>&1 || say "that failed; those tests will skip"
 }
 
+# The alerts are tested in a real Prometheus. Only its programs: the package would start a server.
+install_prometheus() {
+  command -v promtool >/dev/null && command -v prometheus >/dev/null && return
+  command -v apt-get >/dev/null || return 0
+  say "fetching prometheus for the tests of the alerts"
+  local folder
+  folder="$(mktemp -d)"
+  [ "$(id -u)" != 0 ] || apt-get update -qq </dev/null >/dev/null 2>&1 || true
+  { (cd "$folder" && apt-get download -qq prometheus && dpkg-deb -x prometheus_*.deb .) \
+    && cp "$folder"/usr/bin/prom* "$VENV/bin/"; } </dev/null >/dev/null 2>&1 \
+    || say "that failed; those tests will skip"
+  rm -rf "$folder"
+}
+
 install_browser
 prepare_venv test
+install_prometheus
 say "ruff"
 ruff check --quiet .
 ruff format --check --quiet .

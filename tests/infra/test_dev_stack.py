@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -112,6 +113,39 @@ def test_a_second_night_finds_nothing_to_do(stack: dict[str, str], night: dict[s
     report = json.loads(next(line for line in printed.splitlines() if line.startswith("{")))
     assert report["embed"]["images"]["embedded"] == 0
     assert report["freshness"]["generation"] == night["freshness"]["generation"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(
+    not shutil.which("prometheus"), reason="needs prometheus; infra/test.sh gets it"
+)
+def test_prometheus_finds_the_ray_of_the_stack(stack: dict[str, str], tmp_path: Path) -> None:
+    address = f"127.0.0.1:{find_free_ports(1)}"
+    command = [
+        "prometheus",
+        f"--config.file={stack['DEV']}/prometheus.yaml",
+        f"--storage.tsdb.path={tmp_path}",
+        f"--web.listen-address={address}",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            deadline = time.monotonic() + 120
+            while "up" not in (health := read_health(address)):
+                assert time.monotonic() < deadline, health
+                time.sleep(0.5)
+        finally:
+            server.terminate()
+
+
+def read_health(address: str) -> list[str]:
+    """Return how the Ray targets of a Prometheus are; nothing while it starts."""
+    try:
+        with urllib.request.urlopen(f"http://{address}/api/v1/targets", timeout=10) as answer:
+            targets = json.load(answer)["data"]["activeTargets"]
+    except urllib.error.URLError:
+        return []
+    return [t["health"] for t in targets if t["scrapePool"] == "ray"]
 
 
 @pytest.mark.slow
