@@ -25,6 +25,7 @@ from pipeline.service.metrics import Meter, Metrics
 from pipeline.service.openapi import describe_app, describe_problems
 from pipeline.service.pictures import PictureLoader
 from pipeline.service.problems import TITLES, Problem, explain_query
+from pipeline.service.review_routes import review_router
 from pipeline.service.routes import answer, get_lookups, router
 from pipeline.service.schema import Health
 from pipeline.storage import Storage
@@ -51,9 +52,6 @@ ASSETS = {
     "/favicon.ico": ("icon.svg", "image/svg+xml"),
 }
 OPEN_PATHS = frozenset({*ASSETS, *PROBES, "/openapi.json"})
-"""What needs no key: it shows no data, or only that the process lives."""
-
-
 """What needs no key: it shows no data, or only that the process lives."""
 
 
@@ -84,6 +82,7 @@ def create_app(lookups: Lookups, metrics: Metrics, access: Access) -> Asgi:
     )
     app.state.lookups = lookups
     app.include_router(router)
+    app.include_router(review_router)
     _add_operations(app, metrics)
     _add_assets(app)
     _add_error_handlers(app)

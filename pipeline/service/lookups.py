@@ -21,6 +21,7 @@ from pipeline.service.pictures import Picture, PictureLoader
 from pipeline.service.problems import Problem
 from pipeline.service.queries import check_vector, compile_options, read_vector
 from pipeline.service.results import make_classes, make_results
+from pipeline.service.review import Review
 from pipeline.service.schema import (
     Query,
     Result,
@@ -77,13 +78,28 @@ class Target:
 
     Attributes:
         vector: float32, shape (dim,).
-        own_key: Key of the indexed image it is, left out of the answer; None for other vectors.
+        own_keys: Keys of the indexed images it was made of, left out of the answer.
         classes: Classes of the query image, where known.
     """
 
     vector: np.ndarray
-    own_key: str | None = None
+    own_keys: frozenset[str] = frozenset()
     classes: Classes | None = None
+
+
+def mix_examples(like: Sequence[str], unlike: Sequence[str], snapshot: Snapshot) -> Target:
+    """Return the direction of some images, turned away from others: Rocchio's, with a half.
+
+    Raises:
+        UnknownKeyError: The index does not hold one of them.
+        Problem: 422, they cancel each other out.
+    """
+    mean = np.mean([snapshot.vector(key) for key in like], axis=0)
+    if unlike:
+        mean = mean - np.mean([snapshot.vector(key) for key in unlike], axis=0) / 2
+    vector = np.asarray(mean, np.float32)
+    check_vector(vector, snapshot.info.dim, where="query.like")
+    return Target(vector, own_keys=frozenset([*like, *unlike]))
 
 
 class Lookups:
@@ -112,6 +128,7 @@ class Lookups:
         self.pictures = pictures
         self.limits = limits
         self.metrics = metrics
+        self.review = Review(index.storage)
         self.is_open = True
         self._refresher: asyncio.Task[None] | None = None
         few = max(4, limits.max_waiting // 4)
@@ -230,10 +247,10 @@ class Lookups:
         """
         embedded_s = time.perf_counter()
         wanted = options.offset + options.k
-        k = wanted + (target.own_key is not None)
+        k = wanted + len(target.own_keys)
         batcher = self._scans if options.exact else self._searches
         hits = await batcher.submit(Search(snapshot, target.vector, k, where, options.exact))
-        hits = [hit for hit in hits if hit.key != target.own_key][options.offset : wanted]
+        hits = [hit for hit in hits if hit.key not in target.own_keys][options.offset : wanted]
         floor = -2.0 if options.score_threshold is None else options.score_threshold
         hits = [hit for hit in hits if hit.score >= floor]
         found_s = time.perf_counter()
@@ -287,7 +304,9 @@ class Lookups:
     async def _resolve(self, query: Query, snapshot: Snapshot) -> Target:
         if query.key:
             vector = await asyncio.to_thread(snapshot.vector, query.key)
-            return Target(vector, own_key=query.key)
+            return Target(vector, own_keys=frozenset([query.key]))
+        if query.like:
+            return await asyncio.to_thread(mix_examples, query.like, query.unlike, snapshot)
         if query.image_base64:
             where = "query.image_base64"
             image = decode_base64(query.image_base64, where=where)

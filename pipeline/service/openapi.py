@@ -11,6 +11,7 @@ from pipeline.service.schema import (
     BatchRequest,
     EmbedForm,
     EmbedRequest,
+    ItemsRequest,
     ProblemBody,
     SearchForm,
     SearchOptions,
@@ -37,7 +38,7 @@ _DESCRIPTIONS = {
 }
 BODIES: tuple[type[BaseModel], ...] = (
     *(SearchRequest, SearchOptions, SearchForm, BatchRequest, EmbedRequest, EmbedForm),
-    ProblemBody,
+    *(ItemsRequest, ProblemBody),
 )
 GUARD_STATUSES = (401, 403, 421, 429, 500, 503, 504)
 

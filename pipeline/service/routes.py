@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Sequence
 from itertools import compress
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from pipeline.errors import QueryError, UnknownKeyError
 from pipeline.index.map import MapPoints
 from pipeline.index.search.generation import Snapshot
 from pipeline.index.search.search_index import Neighbour
+from pipeline.index.search.values import to_json
 from pipeline.index.search.where import is_filterable
 from pipeline.service.forms import get_media_type, read_form, read_json
 from pipeline.service.lookups import Lookups, Target
@@ -212,16 +214,37 @@ def describe_service(lookups: Lookups) -> Info:
 
 
 @router.get("/map", response_model=MapResponse, responses=describe_problems(404, 422))
-async def show_map(request: Request, filter: FilterText = "") -> Response:  # noqa: A002
+async def show_map(
+    request: Request,
+    filter: FilterText = "",  # noqa: A002
+    column: Annotated[str, Query(description="Also return this column of each point.")] = "",
+) -> Response:
     """Return a sample of the collection laid out in two dimensions; its part under a filter."""
     snapshot = get_lookups(request).index.snapshot
     points = await asyncio.to_thread(lambda: snapshot.opened.map)
     if points is None:
         raise Problem(404, "no_map", detail="this generation was built without a map")
     points = await asyncio.to_thread(filter_points, points, filter, snapshot)
-    head = json.dumps({"generation": snapshot.info.generation})
-    body = head[:-1].encode() + b"," + points.to_json()[1:]
+    head: dict[str, Any] = {"generation": snapshot.info.generation}
+    if column:
+        head["values"] = await asyncio.to_thread(read_values, points.keys, column, snapshot)
+    body = json.dumps(head, ensure_ascii=False)[:-1].encode() + b"," + points.to_json()[1:]
     return Response(body, media_type=JSON)
+
+
+def read_values(keys: Sequence[str], column: str, snapshot: Snapshot) -> list[Any]:
+    """Return the values of a column of images, as filters take them.
+
+    Raises:
+        Problem: 422, there is no such column to show.
+    """
+    names = list_public_columns(snapshot.info).names
+    if column not in names:
+        detail = f"no column {column!r}; columns: {', '.join(names)}"
+        raise Problem(422, "invalid_column", detail=detail, where="column")
+    return [
+        None if hit is None else to_json(hit.columns.get(column)) for hit in snapshot.find_all(keys)
+    ]
 
 
 def filter_points(points: MapPoints, text: str, snapshot: Snapshot) -> MapPoints:
@@ -308,7 +331,9 @@ async def show_item(
     found: list[Any] | None = None
     if stored is not None and neighbours:
         options = SearchOptions(k=neighbours)
-        found = (await lookups.search_target(Target(stored, key), options, snapshot)).results
+        found = (
+            await lookups.search_target(Target(stored, frozenset([key])), options, snapshot)
+        ).results
     item = Item(
         key=hit.key,
         generation=snapshot.info.generation,

@@ -25,6 +25,8 @@ MAX_OFFSET = 1000
 MAX_SEARCHES = 64
 MAX_IMAGES = 32
 MAX_DIM = 16_384
+MAX_EXAMPLES = 32
+MAX_ITEMS = 1000
 
 MAX_FILTER_VALUES = 10_000
 """Values, keys included, in all filters of one request."""
@@ -91,12 +93,12 @@ class _Strict(BaseModel):
 
 
 class Query(_Strict):
-    """The query of a search: exactly one of the four."""
+    """The query of a search: exactly one, and `unlike` beside `like`."""
 
     model_config = ConfigDict(
         extra="forbid",
         allow_inf_nan=False,
-        json_schema_extra={"minProperties": 1, "maxProperties": 1},
+        json_schema_extra={"minProperties": 1, "maxProperties": 2},
     )
 
     key: Key = Field(default="", description="An indexed image; it is left out of its own results.")
@@ -108,10 +110,26 @@ class Query(_Strict):
     )
     image_base64: Base64 = Field(default="", description="An encoded image (JPEG, PNG, WebP, …).")
 
+    like: list[Key] = Field(
+        default=[],
+        min_length=1,
+        max_length=MAX_EXAMPLES,
+        description="Indexed images: what is similar to them all is near their mean.",
+    )
+    unlike: list[Key] = Field(
+        default=[],
+        max_length=MAX_EXAMPLES,
+        description="Indexed images to turn away from: half their mean is taken off.",
+    )
+
     @model_validator(mode="after")
     def _check_one(self) -> "Query":
-        if len(self.model_fields_set) != 1:
-            raise ValueError("give exactly one of key, vector, vector_base64 and image_base64")
+        if len(self.model_fields_set - {"unlike"}) != 1:
+            raise ValueError(
+                "give exactly one of key, vector, vector_base64, image_base64 and like"
+            )
+        if self.unlike and not self.like:
+            raise ValueError("unlike goes with like: a direction to turn away from needs a start")
         return self
 
 
@@ -281,6 +299,83 @@ class SampleResponse(BaseModel):
     items: list[Result]
 
 
+class ItemsRequest(_Strict):
+    """Images whose columns are wanted."""
+
+    keys: list[Key] = Field(min_length=1, max_length=MAX_ITEMS)
+
+
+class ItemsResponse(BaseModel):
+    """Columns of images, in the order asked for; keys that the index lacks are left out."""
+
+    generation: str
+    items: list[Result]
+
+
+class FacetValue(BaseModel):
+    """A value and how many rows have it."""
+
+    value: Any
+    count: int
+
+
+class FacetColumn(BaseModel):
+    """What a column holds."""
+
+    name: str
+    present: int = Field(description="Counted rows that have a value.")
+    distinct: int = Field(description="Different values.")
+    values: list[FacetValue] = Field(
+        description="The most frequent; none where nearly every row has a value of its own."
+    )
+    low: Any = Field(default=None, description="Smallest number or time.")
+    high: Any = Field(default=None, description="Largest number or time.")
+    bins: list[int] = Field(description="Rows in equal steps from `low` to `high`.")
+
+
+class FacetsResponse(BaseModel):
+    """What the columns hold, counted over the live rows."""
+
+    generation: str
+    counted: int = Field(description="Rows that were counted; a part of a very large collection.")
+    columns: list[FacetColumn]
+
+
+class Group(BaseModel):
+    """Images that are nearly the same."""
+
+    images: list[Result] = Field(description="`score` is the cosine to the nearest of the others.")
+
+
+class GroupsResponse(BaseModel):
+    """Groups of near duplicates, the largest first."""
+
+    generation: str
+    method: Literal["cosine", "bytes"] = Field(
+        description="By `--near-duplicates` of the index job, or else equal files."
+    )
+    threshold: float | None = Field(default=None, description="Cosine from which images count.")
+    total: int
+    groups: list[Group]
+
+
+class FailedRow(BaseModel):
+    """An image that has no embedding."""
+
+    key: str
+    status: str
+    error: str
+    picture: str | None = Field(default=None, description="The file as a data URI, if small.")
+    first_bytes: str = Field(description="The first bytes in hexadecimal, where known.")
+
+
+class FailuresResponse(BaseModel):
+    """Rows of the embeddings that failed."""
+
+    counts: dict[str, int] = Field(description="Rows by status, `ok` left out.")
+    rows: list[FailedRow] = Field(description="Some of them.")
+
+
 class Column(BaseModel):
     """A metadata column."""
 
@@ -314,6 +409,9 @@ class MapResponse(BaseModel):
     generation: str
     method: str = Field(description="`pca` or `umap`.")
     keys: list[str]
+    values: list[Any] | None = Field(
+        default=None, description="Of the column that `column` names, one a point."
+    )
     x: list[float] = Field(description="Between 0 and 1.")
     y: list[float] = Field(description="Between 0 and 1.")
 

@@ -77,11 +77,14 @@ class Gallery:
     def index(self) -> str:
         return str(self.folder / "index")
 
-    def add_shard(self, number_of_images: int, *, keys: list[str] | None = None) -> str:
-        """Write a tar of new pictures and commit its embeddings."""
+    def add_shard(
+        self, number_of_images: int, *, keys: list[str] | None = None, broken: tuple[int, ...] = ()
+    ) -> str:
+        """Write a tar of new pictures and commit its embeddings; rows in ``broken`` failed."""
         name = f"photos/{len(self.shards):03d}.tar"
         numbers = range(self.images, self.images + number_of_images)
         table = self._write_tar(name, numbers, keys or [f"{n:05d}.jpg" for n in numbers])
+        table = break_rows(table, broken)
         shard_id = f"{len(self.shards):016x}"
         commit = synthetic.make_commit(
             name,
@@ -98,6 +101,10 @@ class Gallery:
         self.shards.append(name)
         self.images += number_of_images
         return name
+
+    def remove_shard(self, number: int) -> None:
+        """Take the commit of a shard away, as a run does whose source is gone."""
+        STORAGE.delete([f"{self.output}/commits/{number:016x}.json"])
 
     def build(self) -> None:
         build_index(IndexConfig(index=self.index, embeddings=self.output, workers="local"))
@@ -135,3 +142,11 @@ class Gallery:
                     }
                 )
         return pa.Table.from_pylist(rows, schema=self.info.schema)
+
+
+def break_rows(table: pa.Table, broken: tuple[int, ...]) -> pa.Table:
+    """Return rows as they are where some images could not be decoded."""
+    rows = table.to_pylist()
+    for row in broken:
+        rows[row] |= {"status": "truncated", "error": "cut off", "embedding": None}
+    return pa.Table.from_pylist(rows, schema=table.schema)

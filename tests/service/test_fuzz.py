@@ -24,8 +24,13 @@ OPERATIONS = (
     ("GET", "/v1/image"),
     ("GET", "/v1/items/{key}"),
     ("GET", "/v1/items/{key}/image"),
+    ("POST", "/v1/items"),
+    ("GET", "/v1/duplicates"),
 )
-PLAIN = tuple(("GET", path) for path in ("/v1/info", "/healthz", "/readyz", "/metrics"))
+PLAIN = tuple(
+    ("GET", path)
+    for path in (*("/v1/info", "/v1/facets", "/v1/failures", "/healthz", "/readyz", "/metrics"),)
+)
 """They take nothing that could be wrong."""
 CHECK_NAMES = (
     "not_a_server_error",
@@ -99,12 +104,16 @@ def give_meaning(case):
     for parameters in (case.path_parameters or {}, case.query or {}):
         if "key" in parameters:
             parameters["key"] = KEYS[len(str(parameters["key"])) % len(KEYS)]
+        if "column" in parameters:
+            parameters["column"] = "colour"
         if "filter" in parameters:
             texts = [text for text in FILTERS if isinstance(text, str)]
             parameters["filter"] = texts[len(str(parameters["filter"])) % len(texts)]
     body = case.body if isinstance(case.body, dict) else {}
     for search in body.get("searches", [body] if "query" in body else []):
         give_search_meaning(search)
+    if "keys" in body:
+        body["keys"] = KEYS[: len(body["keys"])]
     if "images_base64" in body:
         body["images_base64"] = [IMAGES[i % 3] for i in range(len(body["images_base64"]))]
     if case.media_type == "multipart/form-data" and body:
@@ -118,8 +127,9 @@ def give_search_meaning(search):
         {"key": KEYS[number % len(KEYS)]},
         {"vector": [1.0 + number] * 16},
         {"image_base64": IMAGES[number % 3]},
+        {"like": KEYS[:2], "unlike": KEYS[2:3]},
     )
-    search["query"] = queries[number % 3]
+    search["query"] = queries[number % len(queries)]
     search.pop("space", None)
     if "filter" in search:
         search["filter"] = FILTERS[number % len(FILTERS)]

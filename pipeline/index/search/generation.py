@@ -322,6 +322,14 @@ class Snapshot:
         place = np.array([[number]]), np.array([[row]])
         return self._describe_rows(np.ones((1, 1)), *place)[0][0]
 
+    def find_all(self, keys: Sequence[str]) -> list[Neighbour | None]:
+        """Return the rows of images, with score 1, and None for each that the index lacks."""
+        places = [self.opened.find(key) for key in keys]
+        known = [place for place in places if place is not None]
+        numbers, rows = np.array(known, np.int64).reshape(-1, 2).T
+        found = iter(self._describe_rows(np.ones((1, len(known))), numbers[None], rows[None])[0])
+        return [None if place is None else next(found) for place in places]
+
     def sample(
         self, n: int, *, seed: int | None = None, where: Where | None = None
     ) -> list[Neighbour]:

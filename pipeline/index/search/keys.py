@@ -1,6 +1,6 @@
 """Keys and metadata columns of a segment's rows: read by row, found by key, filtered."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,10 @@ class Keys:
     def read_key(self, row: int) -> str:
         """Return the key of a row."""
         return str(self._columns["key"][row])
+
+    def read_columns(self, names: Sequence[str], rows: int) -> pa.Table:
+        """Return some columns of the first ``rows`` rows; one that is not here is left out."""
+        return self._table.select([n for n in names if n in self._columns]).slice(0, rows)
 
     def find_row(self, key: str) -> int | None:
         """Return the row of ``key``, deleted or not."""

@@ -76,6 +76,11 @@ class SearchIndex:
         return self._snapshot
 
     @property
+    def storage(self) -> Storage:
+        """How the index, and what lies beside it, is reached."""
+        return self._files.storage
+
+    @property
     def info(self) -> IndexInfo:
         """What describes the generation that is open now."""
         return self._snapshot.info
