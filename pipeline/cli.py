@@ -1,20 +1,26 @@
-"""DOOR to the command-line library: a settings class, one call, an exit code."""
+"""Command lines: a settings class becomes flags and TOML keys; one call, an exit code."""
 
-import difflib
+import argparse
+import ast
+import inspect
 import json
 import sys
+import textwrap
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, get_type_hints
-
-import tyro
+from typing import Any, Literal, NoReturn, Protocol, TypeVar, get_args, get_origin
 
 from pipeline.errors import AbortError, SettingsError
 from pipeline.log import configure_logging
+from pipeline.settings import list_kinds, split_kind, suggest
 
 Settings = TypeVar("Settings")
+
+_OWN_FLAGS = {"--help", "--config"}
+_EPILOG = "Flags override the file; --no-<flag> and a value of None unset what it sets."
 
 
 class Report(Protocol):
@@ -23,6 +29,25 @@ class Report(Protocol):
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One flag of a command line.
+
+    Attributes:
+        name: Its name, with hyphens and without the two before it.
+        path: Where its value goes: the names of fields, from the outermost settings class on.
+        kind: Type of the field.
+        help: The field's docstring.
+        default: What the help shows as the default; empty for none.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    kind: Any
+    help: str
+    default: str
 
 
 def run_job(
@@ -65,84 +90,152 @@ def parse_settings(
     """Build settings from flags and, with ``--config FILE``, a TOML file that flags override.
 
     A class made of other jobs' settings (``NightlyConfig``) takes the flags of all of them, and a
-    TOML table for each; a flag that several know goes to each.
+    TOML table for each; a flag that several know goes to each. What a value may be is not decided
+    here: the settings class reads text as it reads what Python gives it.
 
     Args:
-        settings_class: A frozen dataclass; its fields are the flags and the TOML keys.
+        settings_class: A class made by ``@settings``; its fields are the flags and the TOML keys.
         argv: Arguments without the program's name; those of the process by default.
         prog: Name shown in the help text.
 
     Raises:
         SettingsError: An unknown flag or key (the message names the nearest), or a bad value.
-        SystemExit: ``--help`` was asked for (0), or the flags do not parse (2).
+        SystemExit: ``--help`` was asked for (0).
     """
     arguments = [_hyphenate(text) for text in (sys.argv[1:] if argv is None else argv)]
-    arguments, config_path = _take_config(arguments)
-    values = {} if config_path is None else _read_toml(config_path)
-    flags = dict(_list_flags(settings_class))
+    flags = list(_list_flags(settings_class))
     _check_flags({text.split("=")[0] for text in arguments if text.startswith("--")}, flags)
-    sections = _list_sections(settings_class)
-    if not sections:
-        return _parse_one(settings_class, arguments, values, where=str(config_path), prog=prog)
-    for key in set(values) - set(sections):
-        raise SettingsError(f"unknown table {key!r} in {config_path}{_suggest(key, set(sections))}")
-    parsed: dict[str, Any] = {
-        name: _parse_one(
-            section,
-            _select_flags(arguments, section),
-            values.get(name, {}),
-            where=f"[{name}] of {config_path}",
-            prog=f"{prog} ({name})",
-        )
-        for name, section in sections.items()
-    }
-    return settings_class(**parsed)
+    given = vars(_make_parser(settings_class, flags, prog=prog).parse_args(arguments))
+    config_path = given.pop("config", None)
+    values = _read_toml(Path(config_path), settings_class) if config_path else {}
+    for name in _list_sections(settings_class):
+        values.setdefault(name, {})
+    for flag in flags:
+        if flag.name in given:
+            _put(values, flag.path, _unset(given[flag.name], flag.kind))
+    return settings_class(**values)
 
 
-def _list_sections(settings_class: type) -> dict[str, type]:
+def _put(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for name in path[:-1]:
+        values = values.setdefault(name, {})
+    values[path[-1]] = value
+
+
+def _unset(value: Any, kind: Any) -> Any:
+    return None if value == "None" and split_kind(kind)[2] else value
+
+
+def _list_sections(settings_class: type) -> list[str]:
     """Return the fields that are settings of their own, where a class has only such fields."""
-    hints = get_type_hints(settings_class)
-    sections = {item.name: hints[item.name] for item in fields(settings_class)}
-    return sections if all(map(is_dataclass, sections.values())) else {}
+    kinds = list_kinds(settings_class)
+    return list(kinds) if all(map(is_dataclass, kinds.values())) else []
 
 
-def _select_flags(arguments: Sequence[str], settings_class: type) -> list[str]:
-    """Return the arguments whose flags the class has, with their values."""
-    names = {name for name, _ in _list_flags(settings_class)} | {"help"}
-    selected: list[str] = []
-    wanted = False
-    for argument in arguments:
-        if argument.startswith("--"):
-            flag = argument.removeprefix("--").split("=")[0]
-            wanted = flag in names or flag.removeprefix("no-") in names
-        if wanted:
-            selected.append(argument)
-    return selected
+def _list_flags(settings_class: type, path: tuple[str, ...] = ()) -> Iterator[Flag]:
+    """Yield the flags of a settings class and of those inside it; a name may come repeatedly."""
+    kinds, texts = list_kinds(settings_class), _read_docstrings(settings_class)
+    for item in fields(settings_class):
+        kind = kinds[item.name]
+        if is_dataclass(kind):
+            yield from _list_flags(kind, (*path, item.name))  # type: ignore[arg-type]
+            continue
+        default = "required" if item.default is MISSING else f"default: {_show(item.default)}"
+        name = item.name.replace("_", "-")
+        shown = "" if item.default in (None, ()) else default
+        yield Flag(name, (*path, item.name), kind, texts.get(item.name, ""), shown)
 
 
-def _parse_one(
-    settings_class: type[Settings],
-    arguments: list[str],
-    values: Mapping[str, Any],
-    *,
-    where: str,
-    prog: str,
-) -> Settings:
-    given = {text.split("=")[0] for text in arguments if text.startswith("--")}
-    tokens = [
-        token
-        for name, value in _flatten(values, settings_class, where=where).items()
-        if not given & {f"--{name}", f"--no-{name}"}
-        for token in _to_tokens(name, value)
-    ]
-    description = (settings_class.__doc__ or "") + "\n\n--config FILE reads settings from TOML."
-    return tyro.cli(
-        settings_class,
-        args=arguments + tokens,
+def _show(default: Any) -> str:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _read_docstrings(settings_class: type) -> dict[str, str]:
+    """Return the strings below the fields of a class, which Python itself does not keep."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(settings_class))).body
+    assert isinstance(tree, ast.ClassDef)
+    return {
+        before.target.id: inspect.cleandoc(node.value.value)
+        for before, node in zip(tree.body, tree.body[1:], strict=False)
+        if isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if isinstance(node.value.value, str)
+    }
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that refuses as the settings do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message}; --help lists all flags")
+
+
+class _Store(argparse.Action):
+    """Keeps a flag's value; given again, a list grows, and of all else the last one counts."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Book one occurrence of the flag."""
+        values = self.const if values in (None, []) and self.nargs != "*" else values
+        before = getattr(namespace, self.dest, None)
+        if self.nargs == "*" and before is not None:
+            values = [*before, *values]
+        elif before is not None and before != values:
+            flag = f"--{self.dest}"
+            print(
+                f"note: {flag} is given twice; {values!r} counts, not {before!r}", file=sys.stderr
+            )
+        setattr(namespace, self.dest, values)
+
+
+def _make_parser(settings_class: type, flags: Sequence[Flag], *, prog: str) -> _Parser:
+    needed = " ".join(f"--{flag.name} …" for flag in flags if flag.default == "required")
+    parser = _Parser(
         prog=prog,
-        description=description,
-        config=(tyro.conf.OmitArgPrefixes,),
+        usage=f"{prog} {needed} [--config FILE] [flags]",
+        description=inspect.getdoc(settings_class),
+        epilog=_EPILOG,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=_make_formatter,
     )
+    parser.add_argument(
+        "--config", action=_Store, metavar="FILE", help="TOML file to read settings from"
+    )
+    groups: dict[tuple[str, ...], Any] = {}
+    for name in dict.fromkeys(flag.name for flag in flags):
+        same = [flag for flag in flags if flag.name == name]
+        title = " and ".join(dict.fromkeys(flag.path[0] for flag in same if flag.path[1:]))
+        group = groups.setdefault((title,), None) or parser.add_argument_group(title or "settings")
+        groups[title,] = group
+        _add_flag(group, same[0])
+    return parser
+
+
+def _make_formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(prog, max_help_position=32, width=100)
+
+
+def _add_flag(group: Any, flag: Flag) -> None:
+    kind, is_list, _ = split_kind(flag.kind)
+    text = " ".join([flag.help, f"({flag.default})" if flag.default else ""]).replace("%", "%%")
+    words = {int: "NUMBER", float: "NUMBER", bool: "yes|no"}
+    metavar = words.get(kind, "TEXT")
+    if get_origin(kind) is Literal:
+        metavar = "{" + ",".join(map(str, get_args(kind))) + "}"
+    add = partial(group.add_argument, dest=flag.name, action=_Store)
+    if kind is bool:
+        add(f"--{flag.name}", nargs="?", const=True, metavar=metavar, help=text)
+        add(f"--no-{flag.name}", nargs=0, const=False, help=argparse.SUPPRESS)
+        return
+    add(f"--{flag.name}", nargs="*" if is_list else None, metavar=metavar, help=text)
 
 
 def _hyphenate(argument: str) -> str:
@@ -152,68 +245,35 @@ def _hyphenate(argument: str) -> str:
     return "=".join([name.replace("_", "-"), *value])
 
 
-def _list_flags(settings_class: type) -> Iterator[tuple[str, type]]:
-    hints = get_type_hints(settings_class)
-    for item in fields(settings_class):
-        if is_dataclass(hints[item.name]):
-            yield from _list_flags(hints[item.name])
-        else:
-            yield item.name.replace("_", "-"), hints[item.name]
-
-
-def _check_flags(given: set[str], flags: Mapping[str, type]) -> None:
-    known = {f"--{name}" for name in flags} | {"--help", "--config"}
-    known |= {f"--no-{name}" for name, kind in flags.items() if kind is bool}
+def _check_flags(given: set[str], flags: Sequence[Flag]) -> None:
+    known = {f"--{flag.name}" for flag in flags} | _OWN_FLAGS
+    known |= {f"--no-{flag.name}" for flag in flags if flag.kind is bool}
     for flag in sorted(given - known - {"--"}):
-        raise SettingsError(f"unknown flag {flag}{_suggest(flag, known)}; --help lists them all")
+        raise SettingsError(f"unknown flag {flag}{suggest(flag, known)}; --help lists them all")
 
 
-def _suggest(word: str, known: set[str]) -> str:
-    nearest = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
-
-
-def _take_config(arguments: list[str]) -> tuple[list[str], Path | None]:
-    for index, argument in enumerate(arguments):
-        if argument == "--config":
-            if index + 1 == len(arguments):
-                raise SettingsError("--config needs the path of a TOML file")
-            return arguments[:index] + arguments[index + 2 :], Path(arguments[index + 1])
-        if argument.startswith("--config="):
-            path = Path(argument.removeprefix("--config="))
-            return arguments[:index] + arguments[index + 1 :], path
-    return arguments, None
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path, settings_class: type) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text())
     except OSError as error:
         raise SettingsError(f"cannot read --config {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # not TOML, or not UTF-8
         raise SettingsError(f"--config {path} is not TOML: {error}") from error
+    return _name_fields(values, settings_class, where=str(path))
 
 
-def _flatten(values: Mapping[str, Any], settings_class: type, *, where: str) -> dict[str, Any]:
-    hints = get_type_hints(settings_class)
-    known = {item.name for item in fields(settings_class)}
-    flat: dict[str, Any] = {}
+def _name_fields(values: Mapping[str, Any], settings_class: type, *, where: str) -> dict[str, Any]:
+    """Return a table with the names of fields as keys, and so with the tables inside it."""
+    kinds = list_kinds(settings_class)
+    named: dict[str, Any] = {}
     for key, value in values.items():
         name = key.replace("-", "_")
-        if name not in known:
-            raise SettingsError(f"unknown key {key!r} in {where}{_suggest(name, known)}")
-        if is_dataclass(hints[name]):
+        if name not in kinds:
+            what = "table" if isinstance(value, dict) else "key"
+            raise SettingsError(f"unknown {what} {key!r} in {where}{suggest(name, kinds)}")
+        if is_dataclass(kinds[name]):
             if not isinstance(value, dict):
                 raise SettingsError(f"{key!r} in {where} is a table: write [{key}]")
-            flat |= _flatten(value, hints[name], where=f"[{key}] of {where}")
-        else:
-            flat[name.replace("_", "-")] = value
-    return flat
-
-
-def _to_tokens(name: str, value: object) -> list[str]:
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    return [f"--{name}", str(value)]
+            value = _name_fields(value, kinds[name], where=f"[{key}] of {where}")
+        named[name] = value
+    return named

@@ -4,30 +4,36 @@ Flags, the TOML file and the recorded effective settings all come from these cla
 docstrings are the help texts. ``pipeline.cli`` turns them into command lines.
 """
 
-import re
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import field
+from typing import Annotated, Literal
 
 from pipeline.errors import SettingsError
 from pipeline.records import PART_COLUMNS
+from pipeline.settings import (
+    Bytes,
+    Count,
+    Failures,
+    ImageSize,
+    NotNegative,
+    NotNegativeInt,
+    Positive,
+    PositiveBytes,
+    PositiveShare,
+    Share,
+    Size,
+    TopK,
+    require,
+    settings,
+)
 
-_SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+IndexKind = Literal["auto", "flat", "rabitq", "ivf-rabitq", "ivf-sq8", "hnsw"]
+Cosine = Annotated[float, require(lambda x: 0 < x <= 1, "use a cosine above 0, up to 1")]
+Neighbours = Annotated[int, require(lambda k: 1 <= k <= 10_000, "ask for 1 to 10000 neighbours")]
+Port = Annotated[int, require(lambda n: 0 <= n <= 65535, "use 1 to 65535, or 0 for any free one")]
+ManyImages = Annotated[int, require(lambda n: n >= 8, "a rate needs at least 8")]
 
 
-def parse_size(text: str, *, setting: str) -> int:
-    """Return the number of bytes in ``"8GB"``, ``"64MiB"`` or ``"1000"``.
-
-    Raises:
-        SettingsError: The text is not a size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in _SIZE_UNITS:
-        raise SettingsError(f"{setting} is {text!r}; write a size such as 64MiB, 8GB or 1000")
-    return int(float(match[1]) * _SIZE_UNITS[match[2].upper()])
-
-
-@dataclass(frozen=True, slots=True)
+@settings
 class StorageOptions:
     """How to reach object storage. Credentials come from the environment, never from here."""
 
@@ -39,23 +45,13 @@ class StorageOptions:
     """Read public buckets without credentials."""
     requester_pays: bool = False
     """Accept that the requester pays for the transfer."""
-    storage_attempts: int = 6
+    storage_attempts: Count = 6
     """How often a request is tried before it fails."""
-    storage_timeout_s: float = 60.0
+    storage_timeout_s: Positive = 60.0
     """Longest wait for an answer or for the next bytes of a body."""
 
-    def __post_init__(self) -> None:
-        if self.storage_attempts < 1:
-            raise SettingsError(
-                f"storage_attempts is {self.storage_attempts}; it must be at least 1"
-            )
-        if not self.storage_timeout_s > 0:
-            raise SettingsError(
-                f"storage_timeout_s is {self.storage_timeout_s}; it must be positive"
-            )
 
-
-@dataclass(frozen=True, slots=True)
+@settings
 class EmbedConfig:
     """Embed image shards: one row per image, exactly once."""
 
@@ -68,7 +64,7 @@ class EmbedConfig:
     """Backbone, e.g. resnetv2_50.a1h_in1k."""
     weights: str = "pretrained"
     """pretrained (from the hub), a path or URI of a checkpoint, or random:<seed>."""
-    image_size: str = "train"
+    image_size: ImageSize = "train"
     """train, test, or a number of pixels."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward pass."""
@@ -91,29 +87,29 @@ class EmbedConfig:
     """Columns to carry along: sidecar extensions (json, txt, cls) or Parquet columns."""
     embedding_dtype: Literal["float32", "float16"] = "float32"
     """Type of the stored vectors."""
-    top_k_classes: int = 0
+    top_k_classes: TopK = 0
     """Also store the k most probable classes of each image."""
-    chunk_images: int = 256
+    chunk_images: Count = 256
     """Most images in a chunk, and so rows in a part."""
-    chunk_bytes: str = "64MiB"
+    chunk_bytes: PositiveBytes = Size("64MiB")
     """Most encoded bytes in a chunk."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Images in one forward pass; chosen for the device otherwise."""
-    actors: int | None = None
+    actors: Count | None = None
     """Number of embedder actors; one per GPU, or one per CPU core, otherwise."""
-    cpus_per_actor: float | None = None
+    cpus_per_actor: Positive | None = None
     """CPU cores of an actor: decode processes, and torch threads without a GPU."""
-    gpus_per_actor: float | None = None
+    gpus_per_actor: NotNegative | None = None
     """GPUs of an actor; fractions share a GPU. Without one set, 1 where the cluster has GPUs."""
-    max_pixels: int = 200_000_000
+    max_pixels: Count = 200_000_000
     """Larger images are not decoded; their row says too_large."""
-    max_image_bytes: str = "256MiB"
+    max_image_bytes: PositiveBytes = Size("256MiB")
     """Longer encoded images are not decoded; their row says too_large."""
-    image_timeout_s: float = 30.0
+    image_timeout_s: Positive = 30.0
     """Longest CPU time, or time in waiting, to decode one image; then its row says unreadable."""
-    max_failures: str | None = None
+    max_failures: Failures | None = None
     """Stop the run when more images fail: a count (100) or a share (1%)."""
-    max_removed: float = 0.1
+    max_removed: Share = 0.1
     """Largest share of the inputs' committed rows that may leave because their source is no longer
     listed; beyond that they stay, and the run fails when all else is done."""
     retry_failed: bool = False
@@ -136,31 +132,6 @@ class EmbedConfig:
     def __post_init__(self) -> None:
         if not self.input:
             raise SettingsError("no input given; pass --input with one or more URIs or folders")
-        if self.image_size not in ("train", "test") and not _is_count(self.image_size):
-            raise SettingsError(
-                f"image_size is {self.image_size!r}; use train, test, or a number of pixels"
-            )
-        for name in ("chunk_images", "max_pixels", "batch_size", "actors"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingsError(f"{name} is {value}; it must be at least 1")
-        for name in ("image_timeout_s", "cpus_per_actor"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise SettingsError(f"{name} is {value}; it must be positive")
-        if self.gpus_per_actor is not None and not self.gpus_per_actor >= 0:
-            raise SettingsError(f"gpus_per_actor is {self.gpus_per_actor}; it must not be negative")
-        if not 0 <= self.max_removed <= 1:
-            raise SettingsError(f"max_removed is {self.max_removed}; use a share from 0 to 1")
-        self._check_columns()
-        for name in ("chunk_bytes", "max_image_bytes"):
-            if parse_size(getattr(self, name), setting=name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)!r}; it must be at least 1")
-        parse_failure_limit(self.max_failures)
-
-    def _check_columns(self) -> None:
-        if not 0 <= self.top_k_classes <= 1000:
-            raise SettingsError(f"top_k_classes is {self.top_k_classes}; use 0 to 1000")
         if taken := PART_COLUMNS.intersection(self.carry):
             raise SettingsError(
                 f"carry names {', '.join(sorted(taken))}, which every output has a column of its "
@@ -172,35 +143,7 @@ class EmbedConfig:
             )
 
 
-def _is_count(text: str) -> bool:
-    return text.isdecimal() and int(text) > 0
-
-
-def parse_failure_limit(text: str | None) -> tuple[int | None, float | None]:
-    """Return ``(count, share)`` of ``"100"``, ``"1%"`` or ``"0.01"``; one of them is None.
-
-    Raises:
-        SettingsError: The text is neither a count nor a share.
-    """
-    if text is None:
-        return None, None
-    if text.isdecimal():
-        return int(text), None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)%", text)
-    share = float(match[1]) / 100 if match else _parse_fraction(text)
-    if share is None or not 0 <= share <= 1:
-        raise SettingsError(f"max_failures is {text!r}; use a count such as 100 or a share as 1%")
-    return None, share
-
-
-def _parse_fraction(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-@dataclass(frozen=True, slots=True)
+@settings
 class ServeConfig:
     """Answer lookups over HTTP, with a page to look at."""
 
@@ -208,15 +151,15 @@ class ServeConfig:
     """The index to serve; newer generations are picked up while it runs."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all, which needs --api-key-file or --allow-public."""
-    port: int = 8000
+    port: Port = 8000
     """Port to listen on."""
     local: bool = False
     """Run one plain server in this process, without Ray."""
-    replicas: int = 1
+    replicas: Count = 1
     """Replicas on Ray Serve; those on one machine share the mapped index files."""
-    cpus_per_replica: float = 1.0
+    cpus_per_replica: NotNegative = 1.0
     """CPU cores of a replica."""
-    gpus_per_replica: float = 0.0
+    gpus_per_replica: NotNegative = 0.0
     """GPUs of a replica, for image queries; fractions share a GPU."""
     api_key_file: str | None = None
     """File of accepted API keys, one a line."""
@@ -231,68 +174,46 @@ class ServeConfig:
     """Load the backbone, so that images can be searched for."""
     weights: str | None = None
     """Checkpoint of the backbone; the one the index was made with otherwise."""
-    top_k_classes: int = 0
+    top_k_classes: TopK = 0
     """Also name the k most probable classes of a query image."""
     show_images: bool = True
     """Show the indexed images, read from their shards."""
-    max_body: str = "16MiB"
+    max_body: Bytes = Size("16MiB")
     """Longest request body."""
-    max_bodies: str = "256MiB"
+    max_bodies: Bytes = Size("256MiB")
     """All request bodies at the same time; half of it for one client. Decoded, they take more."""
-    max_pixels: int = 50_000_000
+    max_pixels: Count = 50_000_000
     """Larger query images are refused."""
-    requests_per_s: float = 200.0
+    requests_per_s: NotNegative = 200.0
     """Sustained requests a second of one client, twice that in a burst; 0 is no limit."""
-    request_timeout_s: float = 30.0
+    request_timeout_s: Positive = 30.0
     """Longest time for one answer."""
-    headers_timeout_s: float = 10.0
+    headers_timeout_s: Positive = 10.0
     """Longest wait for the headers of a request; with --local only."""
-    connections_per_client: int = 128
+    connections_per_client: NotNegativeInt = 128
     """Connections that one address may hold; 0 is no limit, for a proxy in front; with --local
     only."""
-    max_waiting: int = 256
+    max_waiting: Count = 256
     """Searches that may wait; more are answered 503 with Retry-After."""
-    threads: int = 2
+    threads: Count = 2
     """Threads that search; one core each."""
-    refresh_s: float = 30.0
+    refresh_s: NotNegative = 30.0
     """Time between two looks for a newer generation; 0 never looks."""
-    image_cache: str = "256MiB"
+    image_cache: Bytes = Size("256MiB")
     """Memory for thumbnails and pictures."""
     cache_dir: str | None = None
     """Where files of a remote index are kept; the user's cache folder otherwise."""
-    cache_size: str = "100GB"
+    cache_size: Bytes = Size("100GB")
     """Disk space for all files kept there; those unused longest go first, never one in use."""
-    shutdown_s: float = 30.0
+    shutdown_s: Positive = 30.0
     """Longest time to finish what has begun, when stopped."""
     ray_address: str | None = None
     """Ray cluster to join; the surrounding job's, or one started here, otherwise."""
     storage: StorageOptions = field(default_factory=StorageOptions)
     """How to reach object storage."""
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise SettingsError(f"port is {self.port}; use 1 to 65535, or 0 for any free one")
-        for name in ("replicas", "max_pixels", "max_waiting", "threads"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in (
-            *("requests_per_s", "refresh_s", "cpus_per_replica", "gpus_per_replica"),
-            "connections_per_client",
-        ):
-            if getattr(self, name) < 0:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("request_timeout_s", "headers_timeout_s", "shutdown_s"):
-            if getattr(self, name) <= 0:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be positive")
-        if not 0 <= self.top_k_classes <= 1000:
-            raise SettingsError(f"top_k_classes is {self.top_k_classes}; use 0 to 1000")
-        parse_size(self.max_body, setting="max_body")
-        parse_size(self.max_bodies, setting="max_bodies")
-        parse_size(self.image_cache, setting="image_cache")
-        parse_size(self.cache_size, setting="cache_size")
 
-
-@dataclass(frozen=True, slots=True)
+@settings
 class IndexConfig:
     """Index committed embeddings: a new generation, tuned, measured, published."""
 
@@ -300,25 +221,25 @@ class IndexConfig:
     """Where the index goes; an existing one is brought up to date."""
     embeddings: str | None = None
     """Output of the embed job; not needed to roll back, collect garbage, or export."""
-    kind: Literal["auto", "flat", "rabitq", "ivf-rabitq", "ivf-sq8", "hnsw"] = "auto"
+    kind: IndexKind = "auto"
     """Kind of index; auto chooses by rows, width, memory and recall, and says why."""
-    target_recall: float = 0.95
+    target_recall: PositiveShare = 0.95
     """Share of the true ten nearest neighbours that a search has to find."""
-    memory_budget: str = "8GB"
+    memory_budget: Bytes = Size("8GB")
     """Memory that one process may hold, to build a segment and to search."""
     full: bool = False
     """Build everything anew instead of adding to the generation that serves."""
     force: bool = False
     """Publish even if a gate refuses."""
-    max_row_drop: float = 0.1
+    max_row_drop: Share = 0.1
     """Largest share of rows that may disappear from one generation to the next."""
-    queries: int = 1000
+    queries: Count = 1000
     """Rows held out to measure recall with."""
     seed: int = 0
     """Makes the sample and the training repeatable."""
-    knn: int | None = None
+    knn: Count | None = None
     """Also write the k nearest neighbours of every image, as Parquet."""
-    near_duplicates: float | None = None
+    near_duplicates: Cosine | None = None
     """Also write groups of images whose cosine is at least this, as Parquet, e.g. 0.97."""
     verify: bool = False
     """Also read every file of the index and compare digests, and mend what is damaged; without
@@ -330,15 +251,15 @@ class IndexConfig:
     """Go on from the generation that a roll-back has pinned; without it, builds leave it alone."""
     collect_garbage: Literal["no", "list", "delete"] = "no"
     """List or delete what no kept generation needs, and do nothing else."""
-    keep_generations: int = 3
+    keep_generations: Count = 3
     """Newest generations that garbage collection keeps."""
-    min_age_hours: float = 48.0
+    min_age_hours: NotNegative = 48.0
     """Age below which garbage collection deletes nothing."""
     workers: Literal["auto", "local", "ray"] = "auto"
     """Where to build; auto takes this process for small indexes, a Ray cluster for large ones."""
     cache_dir: str | None = None
     """Where files of a remote index are kept; the user's cache folder otherwise."""
-    cache_size: str = "100GB"
+    cache_size: Bytes = Size("100GB")
     """Disk space for all files kept there; those unused longest go first, never one in use."""
     dry_run: bool = False
     """Say what would be done, and do nothing."""
@@ -347,26 +268,8 @@ class IndexConfig:
     storage: StorageOptions = field(default_factory=StorageOptions)
     """How to reach object storage."""
 
-    def __post_init__(self) -> None:
-        if not 0 < self.target_recall <= 1:
-            raise SettingsError(f"target_recall is {self.target_recall}; use more than 0, up to 1")
-        if not 0 <= self.max_row_drop <= 1:
-            raise SettingsError(f"max_row_drop is {self.max_row_drop}; use a share from 0 to 1")
-        for name in ("queries", "keep_generations", "knn"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingsError(f"{name} is {value}; it must be at least 1")
-        if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
-            raise SettingsError(
-                f"near_duplicates is {self.near_duplicates}; use a cosine above 0, up to 1"
-            )
-        if self.min_age_hours < 0:
-            raise SettingsError(f"min_age_hours is {self.min_age_hours}; it must not be negative")
-        parse_size(self.memory_budget, setting="memory_budget")
-        parse_size(self.cache_size, setting="cache_size")
 
-
-@dataclass(frozen=True, slots=True)
+@settings
 class SearchConfig:
     """Find the nearest neighbours of a picture, of a key, or of vectors."""
 
@@ -382,7 +285,7 @@ class SearchConfig:
     """Key of an image of the index to search with; itself left out."""
     vector: str | None = None
     """A .npy file with one vector, or several as rows, to search with."""
-    k: int = 10
+    k: Neighbours = 10
     """Number of neighbours."""
     where: str | None = None
     """Only images that fulfil a condition on carried columns, e.g. "cls = dress"."""
@@ -396,7 +299,7 @@ class SearchConfig:
     """Search this generation instead of the newest."""
     cache_dir: str | None = None
     """Where files of a remote index are kept; the user's cache folder otherwise."""
-    cache_size: str = "100GB"
+    cache_size: Bytes = Size("100GB")
     """Disk space for all files kept there; those unused longest go first, never one in use."""
     storage: StorageOptions = field(default_factory=StorageOptions)
     """How to reach object storage."""
@@ -413,26 +316,19 @@ class SearchConfig:
                 f"{' and '.join(given) or 'nothing'} given to search with; "
                 "pass exactly one of --image, --key and --vector"
             )
-        parse_size(self.cache_size, setting="cache_size")
-        if not 1 <= self.k <= 10_000:
-            raise SettingsError(f"k is {self.k}; ask for 1 to 10000 neighbours")
 
 
-@dataclass(frozen=True, slots=True)
+@settings
 class NightlyOptions:
     """Settings of the nightly job beside those of embedding and indexing."""
 
     metrics_file: str | None = None
     """Also write freshness and row counts here, for Prometheus' textfile collector."""
-    max_age_hours: float | None = None
+    max_age_hours: Positive | None = None
     """Fail when the newest image indexed is older than this."""
 
-    def __post_init__(self) -> None:
-        if self.max_age_hours is not None and self.max_age_hours <= 0:
-            raise SettingsError(f"max_age_hours is {self.max_age_hours}; it must be positive")
 
-
-@dataclass(frozen=True, slots=True)
+@settings
 class NightlyConfig:
     """Embed, index and report: safe to schedule, never two at once."""
 
@@ -459,7 +355,7 @@ Measure = Literal[
 ]
 
 
-@dataclass(frozen=True, slots=True)
+@settings
 class BenchmarkConfig:
     """Measure ceilings, the real job and its alternatives side by side, and say what binds."""
 
@@ -474,55 +370,40 @@ class BenchmarkConfig:
     cluster."""
     input: tuple[str, ...] = ()
     """Prefixes, objects or folders to take images from; drawn photographs otherwise."""
-    images: int = 512
+    images: ManyImages = 512
     """Images of a long run; repeated when the inputs hold fewer."""
-    rounds: int = 3
+    rounds: Count = 3
     """How often everything is measured, in turns; medians are reported."""
     engine: tuple[Literal["torch", "torch-compile", "openvino"], ...] = ("torch",)
     """Engines of the forward pass; the job runs with the first."""
     weights: str = "random:0"
     """pretrained, a path or URI of a checkpoint, or random:<seed>; no figure depends on it."""
-    image_size: str = "train"
+    image_size: ImageSize = "train"
     """train, test, or a number of pixels."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward pass."""
     decode: Literal["exact", "fast"] = "exact"
     """How images are decoded."""
-    batch_size: int | None = None
+    batch_size: Count | None = None
     """Images in one forward pass; chosen for the device otherwise."""
-    actors: int | None = None
+    actors: Count | None = None
     """Embedder actors of the job; one per GPU, or one per CPU core, otherwise."""
-    memory_scale: float = 1.0
+    memory_scale: PositiveShare = 1.0
     """Size of the inputs that are hard on memory; at 1 they hold up to 50,000 images."""
-    index_rows: tuple[int, ...] = (10_000, 100_000)
+    index_rows: tuple[Count, ...] = (10_000, 100_000)
     """Numbers of vectors to index."""
-    index_dim: int = 1024
+    index_dim: Count = 1024
     """Width of the vectors to index."""
-    index_kind: tuple[str, ...] = ("flat", "auto")
+    index_kind: tuple[IndexKind, ...] = ("flat", "auto")
     """Kinds of index to build."""
-    simulated_shards: int = 10_000
+    simulated_shards: Count = 10_000
     """Shards of the simulation."""
-    simulated_actors: int = 64
+    simulated_actors: Count = 64
     """GPUs of the simulation, eight to a node; each is two processes on this machine."""
-    simulated_chunk_s: float = 0.5
+    simulated_chunk_s: Positive = 0.5
     """Time a simulated GPU takes for a chunk of 256 images; with too short a time, a simulation
     measures this machine's cores."""
     output: str | None = None
     """Also write the report to this file, as JSON."""
     work_dir: str | None = None
     """Folder for samples and outputs, removed afterwards; the system's temporary one otherwise."""
-
-    def __post_init__(self) -> None:
-        counts = ("images", "rounds", "batch_size", "actors", "index_dim")
-        for name in (*counts, "simulated_shards", "simulated_actors"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingsError(f"{name} is {value}; it must be at least 1")
-        if self.simulated_chunk_s <= 0:
-            raise SettingsError(
-                f"simulated_chunk_s is {self.simulated_chunk_s}; it must be above 0"
-            )
-        if not 0 < self.memory_scale <= 1:
-            raise SettingsError(f"memory_scale is {self.memory_scale}; it must be in (0, 1]")
-        if self.images < 8:
-            raise SettingsError(f"images is {self.images}; a rate needs at least 8")

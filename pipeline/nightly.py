@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from pipeline.config import EmbedConfig, IndexConfig, NightlyConfig, parse_size
+from pipeline.config import EmbedConfig, IndexConfig, NightlyConfig
 from pipeline.embed_job.lease import Lease
 from pipeline.embed_job.report import EmbedReport
 from pipeline.embed_job.report_page import (
@@ -238,7 +238,7 @@ def describe_index(config: IndexConfig) -> IndexSection | None:
         storage,
         generation=manifest.generation,
         cache_dir=config.cache_dir,
-        cache_bytes=parse_size(config.cache_size, setting="cache_size"),
+        cache_bytes=config.cache_size.nbytes,
     )
     shown = partial(_show_query, index, storage=storage)
     return IndexSection(

@@ -41,7 +41,7 @@ DOORS = {
     "fastapi": {"pipeline.service.*"},
     "starlette": {"pipeline.service.*"},
     "uvicorn": {"pipeline.service.*"},
-    "tyro": {"pipeline.cli"},
+    "pydantic": {"pipeline.settings", "pipeline.service.*"},
     "timm": {"jobs.baselines.*", "pipeline.benchmark.*"},
     "torchvision": {"pipeline.images.gpu"},
     "simplejpeg": {"pipeline.images.jpeg"},
@@ -51,8 +51,8 @@ DOORS = {
 # siblings, which do not import each other.
 LAYERS = (
     ("pipeline.errors", "pipeline.log", "pipeline.shortages"),
-    ("pipeline.records", "pipeline.carried", "pipeline.cli"),
-    ("pipeline.config",),
+    ("pipeline.records", "pipeline.carried", "pipeline.settings"),
+    ("pipeline.config", "pipeline.cli"),
     ("pipeline.storage.*",),
     ("pipeline.backbones.*", "pipeline.input.*", "pipeline.output.*"),
     ("pipeline.images.*",),

@@ -63,7 +63,7 @@ def test_a_toml_file_sets_what_flags_do_not(tmp_path: Path):
         (["--modle", "x"], "unknown flag --modle; did you mean --model?"),
         (["--retry-faild"], "unknown flag --retry-faild; did you mean --retry-failed?"),
         (["--zzzz"], "unknown flag --zzzz; --help lists them all"),
-        (["--config"], "--config needs the path of a TOML file"),
+        (["--config"], "argument --config: expected one argument; --help"),
         (["--config", "/nope.toml"], "cannot read --config /nope.toml: No such file"),
     ],
 )
@@ -90,10 +90,35 @@ def test_unknown_keys_of_a_toml_file_name_the_nearest(tmp_path: Path, text: str,
 
 
 def test_a_value_of_the_wrong_type_is_bad_usage(capsys):
-    with pytest.raises(SystemExit) as caught:
-        parse("--chunk-images", "many")
-    assert caught.value.code == 2
-    assert "chunk-images" in capsys.readouterr().err
+    assert run(lambda _: Done(0), "--chunk-images", "many") == 2
+    assert capsys.readouterr().err == "error: chunk_images is 'many'; write a whole number\n"
+
+
+@pytest.mark.parametrize("arguments", [["stray"], ["--model"], ["--prune", "a", "b"]])
+def test_what_is_no_command_line_is_bad_usage(arguments: list[str]):
+    with pytest.raises(SettingsError, match="--help lists all flags"):
+        parse(*arguments)
+
+
+def test_a_flag_given_twice_adds_to_a_list_and_elsewhere_the_last_counts_with_a_word(capsys):
+    config = parse("--input", "d", "--carry", "txt", "--carry=json", "--exif=ignore")
+    assert (config.input, config.carry) == (("a", "b c", "d"), ("txt", "json"))
+    assert parse("--model", config.model) == parse()
+    assert capsys.readouterr().err == ""
+    assert parse("--exif", "apply", "--exif", "ignore").exif == "ignore"
+    assert capsys.readouterr().err == "note: --exif is given twice; 'ignore' counts, not 'apply'\n"
+    assert parse("--prune", "--no-prune").prune is False
+    assert capsys.readouterr().err == "note: --prune is given twice; False counts, not True\n"
+
+
+def test_none_unsets_what_a_file_sets(tmp_path: Path):
+    path = write_toml(tmp_path, 'max_failures = "1%"\nbatch_size = 8\n')
+    config = parse("--config", path, "--max-failures", "None")
+    assert (config.max_failures, config.batch_size) == (None, 8)
+
+
+def test_truth_values_are_read_as_words_too():
+    assert parse("--prune", "no", "--verify=yes") == parse("--verify", "--no-prune")
 
 
 def test_help_shows_every_flag_and_exits_with_zero(capsys):

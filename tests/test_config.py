@@ -2,8 +2,9 @@
 
 import pytest
 
-from pipeline.config import EmbedConfig, StorageOptions, parse_failure_limit, parse_size
+from pipeline.config import EmbedConfig, StorageOptions
 from pipeline.errors import SettingsError
+from pipeline.settings import Size
 
 
 def make(**changes: object) -> EmbedConfig:
@@ -22,19 +23,19 @@ def make(**changes: object) -> EmbedConfig:
     ],
 )
 def test_sizes_are_read_with_their_units(text: str, size_bytes: int):
-    assert parse_size(text, setting="chunk_bytes") == size_bytes
+    size = Size(text)
+    assert (size.nbytes, size) == (size_bytes, text)
 
 
 @pytest.mark.parametrize("text", ["", "x", "64 apples", "-1", "1e9", "MiB"])
 def test_what_is_no_size_is_refused_with_an_example(text: str):
     with pytest.raises(SettingsError, match=r"chunk_bytes is .*; write a size such as 64MiB"):
-        parse_size(text, setting="chunk_bytes")
+        make(chunk_bytes=text)
 
 
 @pytest.mark.parametrize(
     ("text", "limit"),
     [
-        (None, (None, None)),
         ("0", (0, None)),
         ("100", (100, None)),
         ("1%", (None, 0.01)),
@@ -43,8 +44,9 @@ def test_what_is_no_size_is_refused_with_an_example(text: str):
         ("1.0", (None, 1.0)),
     ],
 )
-def test_failure_limits_are_counts_or_shares(text: str | None, limit: tuple[object, object]):
-    assert parse_failure_limit(text) == limit
+def test_failure_limits_are_counts_or_shares(text: str, limit: tuple[object, object]):
+    parsed = make(max_failures=text).max_failures
+    assert (parsed.images, parsed.share, parsed) == (*limit, text)
 
 
 @pytest.mark.parametrize("text", ["", "-1", "many", "101%", "1.5", "nan", "1 %"])

@@ -11,7 +11,7 @@ from functools import partial
 import pyarrow as pa
 import torch
 
-from pipeline.config import EmbedConfig, parse_size
+from pipeline.config import EmbedConfig
 from pipeline.embed_job.crop_table import CROPS_SCHEMA, pack_crops, unpack_crops
 from pipeline.embed_job.deaths import count_deaths
 from pipeline.embed_job.efficiency import IdleClock
@@ -228,7 +228,7 @@ def make_flow_settings(
     """Gather what read tasks and actors need from a run's settings."""
     limits = ImageLimits(
         max_pixels=config.max_pixels,
-        max_image_bytes=parse_size(config.max_image_bytes, setting="max_image_bytes"),
+        max_image_bytes=config.max_image_bytes.nbytes,
     )
     on_gpu = resources.gpus > 0
     cores = max(1, round(resources.cpus))

@@ -13,7 +13,7 @@ from pipeline.backbones import (
     save_weights,
     weights_digest,
 )
-from pipeline.config import EmbedConfig, parse_size
+from pipeline.config import EmbedConfig
 from pipeline.images.gpu import find_gpu_decoder_version
 from pipeline.images.transforms import resolve_data_config
 from pipeline.input.container import ReadOptions
@@ -73,7 +73,7 @@ def _make_space(config: EmbedConfig, digest: str) -> Space:
 def _make_layout(config: EmbedConfig) -> Layout:
     return Layout(
         chunk_images=config.chunk_images,
-        chunk_bytes=parse_size(config.chunk_bytes, setting="chunk_bytes"),
+        chunk_bytes=config.chunk_bytes.nbytes,
         embedding_dtype=config.embedding_dtype,
         top_k_classes=config.top_k_classes,
         carry=config.carry,

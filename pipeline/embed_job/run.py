@@ -13,7 +13,7 @@ from functools import partial
 from itertools import islice
 
 from pipeline.backbones import find_backbone
-from pipeline.config import EmbedConfig, parse_failure_limit
+from pipeline.config import EmbedConfig
 from pipeline.embed_job import dataflow
 from pipeline.embed_job.absence import keep_rows, rename_bundle, settle_members
 from pipeline.embed_job.actors import FlowSettings, make_flow_settings
@@ -263,7 +263,8 @@ class _Run:
             retire_commit(output, commit.shard_id, self._storage)
 
     def _embed_shards(self, shards: Sequence[Shard]) -> None:
-        limits = parse_failure_limit(self._config.max_failures)
+        limit = self._config.max_failures
+        limits = (None, None) if limit is None else (limit.images, limit.share)
         open_shards = {shard.id: OpenShard(shard) for shard in shards}
         total_bytes = sum(shard.size_bytes for shard in shards)
         with (

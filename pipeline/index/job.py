@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.config import IndexConfig, parse_size
+from pipeline.config import IndexConfig
 from pipeline.errors import CorruptionError, SettingsError
 from pipeline.index.build.update import update_index
 from pipeline.index.export.export import export
@@ -28,7 +28,7 @@ def build_index(config: IndexConfig) -> IndexReport:
     """
     storage = Storage(config.storage)
     cache = Path(config.cache_dir) if config.cache_dir else default_cache_dir()
-    cache_bytes = parse_size(config.cache_size, setting="cache_size")
+    cache_bytes = config.cache_size.nbytes
     files = FileStore(normalise_uri(config.index), storage, cache, cache_bytes=cache_bytes)
     if config.roll_back is not None:
         pointer, manifest = roll_back(files, config.roll_back)

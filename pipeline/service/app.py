@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from pipeline.config import ServeConfig, parse_size
+from pipeline.config import ServeConfig
 from pipeline.errors import QueryError, SettingsError, UnknownKeyError
 from pipeline.images.decode import ImageLimits
 from pipeline.index.search.search_index import IndexInfo, Neighbour, SearchIndex
@@ -196,7 +196,7 @@ def build_app(config: ServeConfig, metrics: Metrics | None = None) -> Asgi:
         config.index,
         storage,
         cache_dir=config.cache_dir,
-        cache_bytes=parse_size(config.cache_size, setting="cache_size"),
+        cache_bytes=config.cache_size.nbytes,
     )
     metrics = metrics or Metrics()
     lookups = Lookups(
@@ -249,7 +249,7 @@ def _open_pictures(config: ServeConfig, storage: Storage, metrics: Metrics) -> P
     return PictureLoader(
         read_image,
         limits=_make_image_limits(config),
-        cache_bytes=parse_size(config.image_cache, setting="image_cache"),
+        cache_bytes=config.image_cache.nbytes,
         metrics=metrics,
     )
 
@@ -257,7 +257,7 @@ def _open_pictures(config: ServeConfig, storage: Storage, metrics: Metrics) -> P
 def _make_image_limits(config: ServeConfig) -> ImageLimits:
     return ImageLimits(
         max_pixels=config.max_pixels,
-        max_image_bytes=parse_size(config.max_body, setting="max_body"),
+        max_image_bytes=config.max_body.nbytes,
     )
 
 
@@ -273,8 +273,8 @@ def _make_access(config: ServeConfig, keys: ApiKeys) -> Access:
     hosts = frozenset(name.lower() for name in config.allowed_hosts)
     is_private = is_loopback(config.host) and not keys.digests
     limits = GuardLimits(
-        max_body_bytes=parse_size(config.max_body, setting="max_body"),
-        max_bodies_bytes=parse_size(config.max_bodies, setting="max_bodies"),
+        max_body_bytes=config.max_body.nbytes,
+        max_bodies_bytes=config.max_bodies.nbytes,
         max_concurrent=2 * config.max_waiting,
         timeout_s=config.request_timeout_s,
         requests_per_s=config.requests_per_s,

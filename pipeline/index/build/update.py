@@ -5,7 +5,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pipeline.config import IndexConfig, parse_size
+from pipeline.config import IndexConfig
 from pipeline.errors import CorruptionError, SpaceMismatchError
 from pipeline.index.build.changes import Changes, decode_owners, find_changes
 from pipeline.index.build.draft import Build, draft_full, read_list_sizes
@@ -70,7 +70,7 @@ def update_index(config: IndexConfig, files: FileStore) -> IndexReport:
         source.ok_rows,
         source.dim,
         kind=config.kind,
-        memory_bytes=parse_size(config.memory_budget, setting="memory_budget"),
+        memory_bytes=config.memory_budget.nbytes,
         target_recall=config.target_recall,
     )
     decision = decide(config, source, plan, base=base, files=files)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import SearchConfig, parse_size
+from pipeline.config import SearchConfig
 from pipeline.errors import PipelineError, QueryError
 from pipeline.images.decode import ImageLimits
 from pipeline.images.thumbnails import make_thumbnail
@@ -184,7 +184,7 @@ def find_neighbours(config: SearchConfig) -> SearchReport:
         storage,
         generation=config.generation,
         cache_dir=config.cache_dir,
-        cache_bytes=parse_size(config.cache_size, setting="cache_size"),
+        cache_bytes=config.cache_size.nbytes,
     )
     queries = read_queries(config, index, storage)
     started = time.perf_counter()
