@@ -42,11 +42,12 @@ Vectors are embeddings of one space (backbone, weights, preprocessing); scores a
 similarities. Errors are `application/problem+json`. An answer names the generation it comes
 from; newer generations are picked up while the service runs."""
 
+MODULES = ("colours.js", "facets.js", "filter.js", "map.js", "selection.js", "uploads.js")
 ASSETS = {
     "/": ("page.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
-    "/map.js": ("map.js", "text/javascript; charset=utf-8"),
+    **{f"/{name}": (name, "text/javascript; charset=utf-8") for name in MODULES},
     "/docs": ("docs.html", "text/html; charset=utf-8"),
     "/docs.js": ("docs.js", "text/javascript; charset=utf-8"),
     "/favicon.ico": ("icon.svg", "image/svg+xml"),

@@ -1,6 +1,8 @@
 """The page in a real browser: by mouse, by keyboard, by touch, with a key, in both colours."""
 
 import base64
+import csv
+import json
 import re
 import shutil
 import threading
@@ -254,6 +256,93 @@ def test_a_view_shows_the_controls_that_act_on_it_and_no_others(open_page, path,
     assert " ".join(shown) == controls
 
 
+def test_facets_count_and_write_the_filter(open_page):
+    page = open_page()
+    colours = page.locator(".facet[data-column=colour]")
+    expect(colours.locator("li").first).to_contain_text("10")
+    colours.get_by_label("navy").click()
+    expect(page.locator("#filter")).to_have_value("colour = navy")
+    expect_colour(page, "navy", 10)
+    colours.get_by_label("teal").click()
+    expect(page.locator("#filter")).to_have_value("colour in (navy, teal)")
+    expect(colours.get_by_label("teal")).to_be_focused()
+    page.get_by_label("Least price").fill("50")
+    page.get_by_label("Least price").press("Enter")
+    expect(page.locator("#filter")).to_have_value("colour in (navy, teal) and price >= 50")
+    expect(page.get_by_label("Least price")).to_have_value("50")
+    page.get_by_label("Filter").fill('cls = "1" or cls = 2')
+    page.get_by_label("Filter").press("Enter")
+    expect(colours.get_by_label("navy")).not_to_be_checked()
+    colours.get_by_label("navy").click()
+    expect(page.locator("#filter")).to_have_value('(cls = "1" or cls = 2) and colour = navy')
+    page.get_by_role("button", name="Reset").click()
+    expect(page.locator("#status")).to_have_text("24 of 60 indexed images, at random")
+
+
+def test_what_is_selected_becomes_a_table_and_examples(open_page, service):
+    page = open_page(f"/?key={KEY}")
+    expect_neighbours(page, service)
+    keys = find_keys(page)
+    for number in (0, 2):
+        page.get_by_label(f"Select {keys[number].rsplit('/', 1)[1]}").check(force=True)
+    expect(page.locator("#selected")).to_have_text("2 selected")
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Save as CSV").click()
+    rows = list(csv.DictReader(saved.value.path().read_text().splitlines()))
+    assert [row["key"] for row in rows] == [keys[0], keys[2]]
+    assert rows[0]["colour"] == service.index.snapshot.find(keys[0]).columns["colour"]
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Save as JSON").click()
+    assert [row["key"] for row in json.loads(saved.value.path().read_text())] == [keys[0], keys[2]]
+    page.get_by_role("button", name="Less like these").click()
+    expect(page.locator("#query-title")).to_have_text("Like 1 image, unlike 2 images")
+    assert not {KEY, keys[0], keys[2]} & set(find_keys(page))
+    page.reload()
+    expect(page.locator("#examples button")).to_have_count(3)
+    page.get_by_role("button", name=f"Leave out {keys[2].rsplit('/', 1)[1]}").click()
+    expect(page.locator("#query-title")).to_have_text("Like 1 image, unlike 1 image")
+    page.get_by_role("button", name="Clear", exact=True).click()
+    expect(page.locator("#query-title")).to_have_text("Find similar images")
+
+
+def test_the_map_is_coloured_and_a_lasso_selects(open_page):
+    page = open_page("/?view=map")
+    expect(page.locator("#map-text")).to_have_text("60 of 60 images")
+    page.get_by_label("Colour by").select_option("colour")
+    expect(page.locator("#legend li")).to_have_count(6)
+    page.get_by_role("button", name="Select with a lasso").click()
+    box = page.locator("#map").bounding_box()
+    x, y, w, h = (box[name] for name in ("x", "y", "width", "height"))
+    page.mouse.move(x + 24, y + h - 24)  # the corners are round
+    page.mouse.down()
+    for px, py in ((w - 4, h - 4), (w - 4, 4), (4, 4), (4, h - 4)):
+        page.mouse.move(x + px, y + py)
+    page.mouse.up()
+    expect(page.locator("#selected")).to_have_text("60 selected")
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Save as JSON").click()
+    rows = json.loads(saved.value.path().read_text())
+    assert len({row["colour"] for row in rows}) == 6
+
+
+def test_duplicates_and_failures_are_there_to_look_through(open_page, tmp_path):
+    gallery = Gallery(tmp_path)
+    gallery.add_shard(12, broken=(2,))
+    gallery.images = 3
+    gallery.add_shard(3)
+    gallery.build()
+    with run_service(gallery.open()) as running:
+        page = open_page("/?view=groups", url=running.url)
+        expect(page.locator("#status")).to_contain_text("3 groups, equal files")
+        page.get_by_role("button", name="Select all but the first").first.click()
+        expect(page.locator("#selected")).to_have_text("1 selected")
+        page.get_by_role("link", name="Failed").click()
+        expect(page.locator("#status")).to_have_text("No embedding: 1 truncated")
+        expect(page.locator(".failure")).to_contain_text("cut off")
+        wait_for(page, "document.querySelector('.failure img').naturalWidth > 100")
+        page.close()
+
+
 def test_every_key_has_its_picture_everywhere(open_page, awkward_gallery):
     with run_service(awkward_gallery.open(), embedder=ColourEmbedder()) as running:
         page = open_page(url=running.url)
@@ -286,6 +375,10 @@ def test_a_chosen_picture_is_searched_for(open_page, service):
     expect(page.locator("#query-title")).not_to_have_text("mine.jpg")
     page.go_back()
     expect(page.locator("#query-title")).to_have_text("mine.jpg")
+    assert find_keys(page) == expected
+    page.reload()
+    expect(page.locator("#query-title")).to_have_text("mine.jpg")
+    expect(page.locator("#status")).to_contain_text("24 neighbours")
     assert find_keys(page) == expected
 
 

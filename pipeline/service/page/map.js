@@ -1,4 +1,7 @@
 // A map of points on a canvas: as many thumbnails as fit, dots for the rest.
+//
+// Dots are drawn one colour at a time as squares, 20,000 in a few milliseconds, without WebGL: the
+// libraries for it compile code at run time, which this page's security policy forbids.
 
 const CELL_PX = 76;
 const THUMB_PX = 60;
@@ -10,14 +13,19 @@ const MAX_ZOOM = 400;
 
 export class MapView {
   // load(key, size) gives a promise of something drawable; pick(key) and describe(key) are called with
-  // the point under the pointer or in the middle.
-  constructor(canvas, { load, pick, describe }) {
+  // the point under the pointer or in the middle, enclose(keys) with what the lasso was drawn around.
+  constructor(canvas, { load, pick, describe, enclose }) {
     this.canvas = canvas;
     this.context = canvas.getContext("2d");
     this.load = load;
     this.pick = pick;
     this.describe = describe;
+    this.enclose = enclose;
     this.points = { keys: [], x: [], y: [] };
+    this.colours = { palette: null, of: null };
+    this.selected = new Set();
+    this.guest = null;
+    this.lasso = null; // corners of it while it is drawn; an empty list waits for the first
     this.thumbs = new Map();
     this.shown = [];
     this.loading = 0;
@@ -29,10 +37,12 @@ export class MapView {
   }
 
   // The part of the map that is looked at stays where the points are another selection of its own.
-  setPoints(points) {
+  setPoints(points, colours) {
     const isFirst = !this.points.keys.length;
     if (points === this.points) return;
     this.points = points;
+    this.colours = colours;
+    this.places = new Map(points.keys.map((key, i) => [key, i]));
     if (isFirst) this.fit();
     else this.draw();
   }
@@ -40,6 +50,23 @@ export class MapView {
   setMarks(origin, keys) {
     this.origin = origin;
     this.marked = new Set(keys);
+    this.draw();
+  }
+
+  setSelected(keys) {
+    this.selected = new Set(keys);
+    this.draw();
+  }
+
+  // A picture that is no point: it is shown in the middle of the points it is near to.
+  setGuest(guest) {
+    this.guest = guest;
+    this.draw();
+  }
+
+  setLasso(on) {
+    this.lasso = on ? [] : null;
+    this.canvas.style.cursor = on ? "crosshair" : "";
     this.draw();
   }
 
@@ -124,7 +151,11 @@ export class MapView {
     );
     const visible = this.findVisible(width, height);
     this.paintDots(visible, faint);
-    this.paintThumbs(visible, card, accent);
+    if (!this.colours.palette || this.marked.size || this.zoom > 4) this.paintThumbs(visible, card, accent);
+    else this.shown = [];
+    this.paintSelected(visible, accent);
+    this.paintGuest(card, accent);
+    this.paintLasso(accent);
     if (document.activeElement === canvas && canvas.matches(":focus-visible")) {
       context.strokeStyle = accent;
       context.lineWidth = 1.5;
@@ -144,14 +175,60 @@ export class MapView {
   }
 
   paintDots(visible, colour) {
-    this.context.fillStyle = colour;
-    this.context.globalAlpha = 0.55;
-    for (const [, x, y] of visible) {
-      this.context.beginPath();
-      this.context.arc(x, y, 2.5, 0, 7);
-      this.context.fill();
+    const { palette, of } = this.colours;
+    const { context } = this;
+    const side = palette ? 6 : 5;
+    context.globalAlpha = palette ? 0.85 : 0.55;
+    for (const [group, shown] of (palette ?? [colour]).entries()) {
+      context.fillStyle = shown;
+      for (const [i, x, y] of visible) {
+        if (!palette || of[i] === group) context.fillRect(x - side / 2, y - side / 2, side, side);
+      }
     }
-    this.context.globalAlpha = 1;
+    context.globalAlpha = 1;
+  }
+
+  paintSelected(visible, accent) {
+    this.context.strokeStyle = accent;
+    this.context.lineWidth = 2;
+    for (const [i, x, y] of visible) {
+      if (this.selected.has(this.points.keys[i])) this.context.strokeRect(x - 6, y - 6, 12, 12);
+    }
+  }
+
+  paintGuest(card, accent) {
+    const near = (this.guest?.near ?? []).map((key) => this.places.get(key)).filter((i) => i !== undefined);
+    if (!near.length) return;
+    const [xs, ys] = [0, 1].map((axis) => near.map((i) => this.toScreen(i)[axis]));
+    const middle = (all) => all.reduce((sum, one) => sum + one, 0) / all.length;
+    const place = { x: middle(xs), y: middle(ys), px: 72, ring: 4, card, accent };
+    this.paintThumb(null, this.guest.image, place);
+  }
+
+  paintLasso(accent) {
+    if (!this.lasso?.length) return;
+    const { context } = this;
+    context.beginPath();
+    for (const { x, y } of this.lasso) context.lineTo(x, y);
+    context.closePath();
+    context.strokeStyle = context.fillStyle = accent;
+    context.lineWidth = 2;
+    context.stroke();
+    context.globalAlpha = 0.12;
+    context.fill();
+    context.globalAlpha = 1;
+  }
+
+  endLasso() {
+    const area = new Path2D();
+    for (const { x, y } of this.lasso) area.lineTo(x, y);
+    area.closePath();
+    const plain = new DOMMatrix(); // isPointInPath goes by the canvas' own transform otherwise
+    this.context.setTransform(plain);
+    const inside = this.points.keys.filter((_, i) => this.context.isPointInPath(area, ...this.toScreen(i)));
+    this.lasso = [];
+    this.draw();
+    this.enclose(inside);
   }
 
   paintThumbs(visible, card, accent) {
@@ -192,7 +269,7 @@ export class MapView {
     const size = px / Math.max(image.width, image.height);
     const [w, h] = [image.width * size, image.height * size];
     const border = ring || 1.5;
-    this.shown.push({ key, x, y, w, h });
+    if (key !== null) this.shown.push({ key, x, y, w, h });
     context.fillStyle = ring ? accent : card;
     context.beginPath();
     context.roundRect(x - w / 2 - border, y - h / 2 - border, w + 2 * border, h + 2 * border, 5);
@@ -237,10 +314,12 @@ export class MapView {
       canvas.setPointerCapture(event.pointerId);
       this.pointers.set(event.pointerId, { x: event.offsetX, y: event.offsetY });
       this.moved = this.pointers.size > 1 ? Infinity : 0;
+      if (this.lasso) this.lasso = [{ x: event.offsetX, y: event.offsetY }];
     });
     canvas.addEventListener("pointermove", (event) => this.onMove(event));
     canvas.addEventListener("pointerup", (event) => {
       const known = this.pointers.delete(event.pointerId);
+      if (this.lasso?.length) return this.endLasso();
       if (!known || this.moved > 6) return;
       const key = this.nearest(event.offsetX, event.offsetY);
       if (key !== null) this.pick(key);
@@ -258,6 +337,11 @@ export class MapView {
     const here = { x: event.offsetX, y: event.offsetY };
     if (!known) {
       this.describe(this.nearest(here.x, here.y));
+      return;
+    }
+    if (this.lasso) {
+      this.lasso.push(here);
+      this.draw();
       return;
     }
     if (this.pointers.size === 2) {
