@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from pipeline.backbones import find_backbone
 from pipeline.cli import run_job
 from pipeline.config import NightlyConfig
 from pipeline.nightly import run_nightly
@@ -10,7 +11,13 @@ from pipeline.nightly import run_nightly
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the nightly job; return its exit code."""
-    return run_job("nightly", NightlyConfig, run_nightly, argv)
+    return run_job(
+        "nightly",
+        NightlyConfig,
+        run_nightly,
+        argv,
+        check=lambda config: find_backbone(config.embed.model),
+    )
 
 
 if __name__ == "__main__":

@@ -4,31 +4,51 @@ import argparse
 import ast
 import inspect
 import json
+import signal
 import sys
 import textwrap
+import threading
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol, TypeVar, get_args, get_origin
+from typing import Any, Generic, Literal, NoReturn, Protocol, TypeVar, get_args, get_origin
 
+from pipeline import __version__
 from pipeline.errors import AbortError, SettingsError
 from pipeline.log import configure_logging
+from pipeline.program import name_program
 from pipeline.settings import list_kinds, split_kind, suggest
+from pipeline.summary import summarise
 
 Settings = TypeVar("Settings")
 
-_OWN_FLAGS = {"--help", "--config"}
 _EPILOG = "Flags override the file; --no-<flag> and a value of None unset what it sets."
 
 
 class Report(Protocol):
-    """The report of a job; printed as the last line of its standard output."""
+    """The report of a job; printed when it ends."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Command(Generic[Settings]):
+    """What a command line asks for.
+
+    Attributes:
+        settings: The settings of the job.
+        check_only: Say whether they are sound, and do nothing else.
+        as_json: Print the report as JSON on a terminal too.
+    """
+
+    settings: Settings
+    check_only: bool
+    as_json: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,42 +71,91 @@ class Flag:
 
 
 def run_job(
-    prog: str,
+    job: str,
     settings_class: type[Settings],
     action: Callable[[Settings], Report | None],
     argv: Sequence[str] | None = None,
+    *,
+    check: Callable[[Settings], object] = lambda _: None,
 ) -> int:
-    """Parse the settings, call ``action``, print its report, if any, as one JSON line.
+    """Parse the settings, call ``action``, print its report, if any, as a summary or JSON.
+
+    Args:
+        job: The job's name, e.g. ``"embed"``.
+        settings_class: What the flags are read into.
+        action: Does the work.
+        argv: Arguments without the program's name; those of the process by default.
+        check: What ``--check`` does beyond reading the settings; raises what is wrong with them.
 
     Returns:
         The exit code: 0 done, 1 failed, 2 bad usage or settings, 3 stopped by ``--max-failures``,
-        130 interrupted.
+        130 interrupted, 143 told to end.
     """
+    as_json = False
     try:
-        settings = parse_settings(settings_class, argv, prog=prog)
-        configure_logging(getattr(settings, "log_level", "info"))
-        report = action(settings)
+        command = parse_command(settings_class, argv, prog=name_program(job))
+        as_json = command.as_json
+        if command.check_only:
+            check(command.settings)
+            print("the settings are sound; nothing was started")
+            return 0
+        configure_logging(getattr(command.settings, "log_level", "info"))
+        with _end_when_told():
+            report = action(command.settings)
     except AbortError as error:
-        print_report(error.report)
+        show_report(error.report, as_json=as_json)
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("stopped; the same command goes on from the committed shards", file=sys.stderr)
-        return 130
-    print_report(report)
+        return 128 + (signal.SIGTERM if isinstance(error, _ToldToEnd) else signal.SIGINT)
+    show_report(report, as_json=as_json)
     return 0
 
 
-def print_report(report: Any) -> None:
-    """Print ``report`` as one line of JSON on standard output; nothing for None."""
-    if report is not None:
-        sys.stderr.flush()
+class _ToldToEnd(KeyboardInterrupt):
+    """SIGTERM came; everything ends as after Ctrl-C."""
+
+
+@contextmanager
+def _end_when_told() -> Iterator[None]:
+    """Raise ``_ToldToEnd`` in the block on SIGTERM; a second one ends the process at once."""
+
+    def end(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _ToldToEnd
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def show_report(report: Any, *, as_json: bool) -> None:
+    """Print ``report`` on standard output: for people on a terminal, else one line of JSON."""
+    if report is None:
+        return
+    sys.stderr.flush()
+    if sys.stdout.isatty() and not as_json:
+        print(summarise(report.to_dict()), flush=True)
+    else:
         print(json.dumps(report.to_dict(), ensure_ascii=False), flush=True)
 
 
 def parse_settings(
     settings_class: type[Settings], argv: Sequence[str] | None = None, *, prog: str = "job"
 ) -> Settings:
+    """Return the settings of ``parse_command``."""
+    return parse_command(settings_class, argv, prog=prog).settings
+
+
+def parse_command(
+    settings_class: type[Settings], argv: Sequence[str] | None = None, *, prog: str
+) -> Command[Settings]:
     """Build settings from flags and, with ``--config FILE``, a TOML file that flags override.
 
     A class made of other jobs' settings (``NightlyConfig``) takes the flags of all of them, and a
@@ -96,24 +165,35 @@ def parse_settings(
     Args:
         settings_class: A class made by ``@settings``; its fields are the flags and the TOML keys.
         argv: Arguments without the program's name; those of the process by default.
-        prog: Name shown in the help text.
+        prog: What to type for the program, shown in the help text.
 
     Raises:
         SettingsError: An unknown flag or key (the message names the nearest), or a bad value.
-        SystemExit: ``--help`` was asked for (0).
+        SystemExit: ``--help``, ``--version`` or a completion was asked for (0).
     """
     arguments = [_hyphenate(text) for text in (sys.argv[1:] if argv is None else argv)]
     flags = list(_list_flags(settings_class))
-    _check_flags({text.split("=")[0] for text in arguments if text.startswith("--")}, flags)
-    given = vars(_make_parser(settings_class, flags, prog=prog).parse_args(arguments))
-    config_path = given.pop("config", None)
-    values = _read_toml(Path(config_path), settings_class) if config_path else {}
+    parser = _make_parser(settings_class, flags, prog=prog)
+    _check_flags({text.split("=")[0] for text in arguments if text.startswith("--")}, parser)
+    given = vars(parser.parse_args(arguments))
+    if "print-completion" in given:
+        _print_completion(parser, given["print-completion"])
+    values = _read_toml(Path(given["config"]), settings_class) if "config" in given else {}
     for name in _list_sections(settings_class):
         values.setdefault(name, {})
     for flag in flags:
         if flag.name in given:
             _put(values, flag.path, _unset(given[flag.name], flag.kind))
-    return settings_class(**values)
+    made = settings_class(**values)
+    return Command(made, check_only="check" in given, as_json="json" in given)
+
+
+def _print_completion(parser: argparse.ArgumentParser, shell: str) -> NoReturn:
+    import shtab  # for this alone
+
+    parser.prog = parser.prog.split()[-1]
+    print(shtab.complete(parser, shell=shell))
+    raise SystemExit(0)
 
 
 def _put(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
@@ -206,9 +286,7 @@ def _make_parser(settings_class: type, flags: Sequence[Flag], *, prog: str) -> _
         argument_default=argparse.SUPPRESS,
         formatter_class=_make_formatter,
     )
-    parser.add_argument(
-        "--config", action=_Store, metavar="FILE", help="TOML file to read settings from"
-    )
+    _add_own_flags(parser, {flag.name for flag in flags})
     groups: dict[tuple[str, ...], Any] = {}
     for name in dict.fromkeys(flag.name for flag in flags):
         same = [flag for flag in flags if flag.name == name]
@@ -217,6 +295,19 @@ def _make_parser(settings_class: type, flags: Sequence[Flag], *, prog: str) -> _
         groups[title,] = group
         _add_flag(group, same[0])
     return parser
+
+
+def _add_own_flags(parser: argparse.ArgumentParser, taken: Container[str]) -> None:
+    add = parser.add_argument
+    add("--config", action=_Store, metavar="FILE", help="TOML file to read settings from")
+    add("--check", action="store_true", help="say whether the settings are sound; start nothing")
+    if "json" not in taken:
+        text = "print the report as JSON on a terminal too, as it is wherever output is redirected"
+        add("--json", action="store_true", help=text)
+    shells = ["bash", "zsh", "tcsh"]
+    text = "print a script that completes this command's flags in a shell"
+    add("--print-completion", dest="print-completion", choices=shells, help=text)
+    add("--version", action="version", version=f"image-embedding-pipeline {__version__}")
 
 
 def _make_formatter(prog: str) -> argparse.HelpFormatter:
@@ -245,9 +336,8 @@ def _hyphenate(argument: str) -> str:
     return "=".join([name.replace("_", "-"), *value])
 
 
-def _check_flags(given: set[str], flags: Sequence[Flag]) -> None:
-    known = {f"--{flag.name}" for flag in flags} | _OWN_FLAGS
-    known |= {f"--no-{flag.name}" for flag in flags if flag.kind is bool}
+def _check_flags(given: set[str], parser: argparse.ArgumentParser) -> None:
+    known = {name for action in parser._actions for name in action.option_strings}
     for flag in sorted(given - known - {"--"}):
         raise SettingsError(f"unknown flag {flag}{suggest(flag, known)}; --help lists them all")
 

@@ -8,6 +8,7 @@ from dataclasses import field
 from typing import Annotated, Literal
 
 from pipeline.errors import SettingsError
+from pipeline.program import name_program
 from pipeline.records import PART_COLUMNS
 from pipeline.settings import (
     Bytes,
@@ -307,6 +308,8 @@ class SearchConfig:
     def __post_init__(self) -> None:
         if bool(self.index) == bool(self.url):
             raise SettingsError("pass either --index, or --url of a running lookup service")
+        if self.url and not self.url.startswith(("http://", "https://")):
+            raise SettingsError(f"url is {self.url!r}; it must start with http:// or https://")
         for name in ("html", "generation") if self.url else ():
             if getattr(self, name) is not None:
                 raise SettingsError(f"--{name} needs --index; a service shows its own pages")
@@ -338,6 +341,17 @@ class NightlyConfig:
     """Table [index]: the settings of jobs/index.py; embeddings is the embed job's output."""
     nightly: NightlyOptions
     """Table [nightly]."""
+
+    def __post_init__(self) -> None:
+        for name, job in (
+            *(("dry_run", "embed"), ("verify", "embed"), ("dry_run", "index")),
+            *(("roll_back", "index"), ("collect_garbage", "index")),
+        ):
+            if getattr(getattr(self, job), name) not in (False, None, "no"):
+                raise SettingsError(
+                    f"{name} does one thing instead of a night's work; give it to "
+                    f"{name_program(job)}"
+                )
 
 
 Measure = Literal[

@@ -98,6 +98,14 @@ class ObjectMissingError(StorageError):
     """An object that should be there is not."""
 
 
+class NothingThereError(SettingsError, ObjectMissingError):
+    """A setting names an output or an index that is not there; most often a mistyped URI."""
+
+
+class ProtocolError(SettingsError, StorageError):
+    """A URI starts with a protocol that is unknown, or that cannot be read here."""
+
+
 class ObjectChangedError(StorageError):
     """An object is no longer the version that was listed or first read."""
 
@@ -154,3 +162,13 @@ class RecordError(PipelineError):
 def describe_excess_bytes(nbytes: int, max_image_bytes: int) -> str:
     """Return the reason of an encoded image that is longer than the limit."""
     return f"the encoded image has {nbytes:,} bytes; max_image_bytes is {max_image_bytes:,}"
+
+
+def describe_no_index(uri: str) -> str:
+    """Return the message for a URI that holds no index."""
+    return f"no index at {uri!r}: CURRENT is missing; check the URI, or run index first"
+
+
+def describe_no_embeddings(uri: str) -> str:
+    """Return the message for a URI that holds no output of the embed job."""
+    return f"no embeddings at {uri!r}: space.json is missing; check the URI, or run embed first"

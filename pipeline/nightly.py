@@ -1,6 +1,7 @@
 """The nightly job: embed, index, report; one at a time, fit to be watched."""
 
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,7 @@ _MAP_POINTS = 800
 _MAP_PICTURES = 60
 _MAP_SIZE = (1000, 700)
 _THUMBNAIL_PX = 124
+_LAST_SUCCESS = "image_embedding_last_success_timestamp_seconds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +63,13 @@ class Freshness:
     indexed_rows: int
     rows: dict[str, int]
 
-    def to_prometheus(self) -> str:
-        """Return the figures in Prometheus' text format."""
+    def to_prometheus(self, last_success_s: float | None) -> str:
+        """Return the figures in Prometheus' text format.
+
+        Args:
+            last_success_s: End of the last good night, in seconds since 1970; None for none yet.
+        """
         lines = [
-            "# HELP image_embedding_last_success_timestamp_seconds End of the last good night.",
-            "# TYPE image_embedding_last_success_timestamp_seconds gauge",
-            f"image_embedding_last_success_timestamp_seconds {self.finished_s:.3f}",
             "# HELP image_embedding_indexed_rows Rows in the generation that serves.",
             "# TYPE image_embedding_indexed_rows gauge",
             f"image_embedding_indexed_rows {self.indexed_rows}",
@@ -74,6 +77,12 @@ class Freshness:
             "# TYPE image_embedding_rows gauge",
             *(f'image_embedding_rows{{status="{s}"}} {n}' for s, n in self.rows.items()),
         ]
+        if last_success_s is not None:
+            lines += [
+                f"# HELP {_LAST_SUCCESS} End of the last good night.",
+                f"# TYPE {_LAST_SUCCESS} gauge",
+                f"{_LAST_SUCCESS} {last_success_s:.3f}",
+            ]
         if self.newest_image_s is not None:
             lines += [
                 "# HELP image_embedding_newest_image_timestamp_seconds Newest image indexed.",
@@ -128,11 +137,11 @@ def run_nightly(config: NightlyConfig) -> NightlyReport:
         lease.check()
         indexed = build_index(_point_at(config.index, output))
         report = NightlyReport(embedded, indexed, _measure_freshness(embedded, indexed))
-        _write(config, report, storage=storage)
-    if incomplete is not None:
-        incomplete.report = report
-        raise incomplete
-    _check_age(config, report)
+        failure = incomplete or _find_staleness(config, report)
+        _write(config, report, good=failure is None, storage=storage)
+    if failure is not None:
+        failure.report = report
+        raise failure
     return report
 
 
@@ -143,8 +152,7 @@ def _embed(config: EmbedConfig) -> tuple[EmbedReport, IncompleteError | None]:
         report: object = embed(config)
     except IncompleteError as error:
         report, incomplete = error.report, error
-    if not isinstance(report, EmbedReport):
-        raise SettingsError("dry_run and verify are of the embed job; run jobs/embed.py")
+    assert isinstance(report, EmbedReport)  # the settings allow neither dry_run nor verify
     return report, incomplete
 
 
@@ -172,14 +180,14 @@ def _measure_freshness(embedded: EmbedReport, indexed: IndexReport) -> Freshness
     )
 
 
-def _write(config: NightlyConfig, report: NightlyReport, *, storage: Storage) -> None:
+def _write(config: NightlyConfig, report: NightlyReport, *, good: bool, storage: Storage) -> None:
     runs = join_uri(report.embed.output, "runs")
     data = json.dumps(report.to_dict(), indent=2, ensure_ascii=False).encode()
     storage.put(join_uri(runs, "latest.json"), data)
     if config.nightly.metrics_file is not None:
         target = normalise_uri(config.nightly.metrics_file)
-        metrics = report.freshness.to_prometheus().encode()
-        _try("the metrics file", lambda: storage.put(target, metrics), None)
+        write = partial(_write_metrics, target, report.freshness, good=good, storage=storage)
+        _try("the metrics file", write, None)
     page = join_uri(runs, f"{report.embed.run_id}.html")
     _try(
         "the page",
@@ -192,6 +200,16 @@ def _write(config: NightlyConfig, report: NightlyReport, *, storage: Storage) ->
         report.freshness.indexed_rows,
         report.index.action,
     )
+
+
+def _write_metrics(target: str, freshness: Freshness, *, good: bool, storage: Storage) -> None:
+    """Write the figures; a night that failed keeps the time of the last good one."""
+    last_success_s: float | None = freshness.finished_s
+    if not good:
+        before = storage.read(target).decode() if storage.exists(target) else ""
+        found = re.search(rf"^{_LAST_SUCCESS} (\S+)$", before, re.MULTILINE)
+        last_success_s = float(found[1]) if found else None
+    storage.put(target, freshness.to_prometheus(last_success_s).encode())
 
 
 def _try(what: str, make: Callable[[], Made], instead: Made) -> Made:
@@ -215,15 +233,14 @@ def _render_page(config: NightlyConfig, embedded: EmbedReport, storage: Storage)
     return render_report(embedded.to_dict(), failures=failures, index=index)
 
 
-def _check_age(config: NightlyConfig, report: NightlyReport) -> None:
+def _find_staleness(config: NightlyConfig, report: NightlyReport) -> AbortError | None:
     limit_h, age_s = config.nightly.max_age_hours, report.freshness.age_s
-    if limit_h is not None and age_s is not None and age_s > 3600 * limit_h:
-        error = AbortError(
-            f"the newest image indexed is {age_s / 3600:.1f} hours old, more than "
-            f"--max-age-hours {limit_h:g}; look at what should bring new images"
-        )
-        error.report = report
-        raise error
+    if limit_h is None or age_s is None or age_s <= 3600 * limit_h:
+        return None
+    return AbortError(
+        f"the newest image indexed is {age_s / 3600:.1f} hours old, more than "
+        f"--max-age-hours {limit_h:g}; look at what should bring new images"
+    )
 
 
 def describe_index(config: IndexConfig) -> IndexSection | None:

@@ -50,8 +50,14 @@ DOORS = {
 # Layers, low to high: a module imports from its own layer or a lower one; folders of one layer are
 # siblings, which do not import each other.
 LAYERS = (
-    ("pipeline.errors", "pipeline.log", "pipeline.shortages"),
-    ("pipeline.records", "pipeline.carried", "pipeline.settings"),
+    ("pipeline.errors", "pipeline.log", "pipeline.program", "pipeline.shortages"),
+    (
+        "pipeline.records",
+        "pipeline.carried",
+        "pipeline.settings",
+        "pipeline.joining",
+        "pipeline.summary",
+    ),
     ("pipeline.config", "pipeline.cli"),
     ("pipeline.storage.*",),
     ("pipeline.backbones.*", "pipeline.input.*", "pipeline.output.*"),

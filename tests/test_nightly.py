@@ -62,6 +62,8 @@ def test_nights_follow_the_input(night: NightlyConfig, tmp_path: Path) -> None:
 def test_a_night_indexes_what_it_could_read_and_fails_for_the_rest(
     night: NightlyConfig, tmp_path: Path
 ) -> None:
+    metrics = tmp_path / "nightly.prom"
+    night = replace(night, nightly=NightlyOptions(metrics_file=metrics))
     dead = tmp_path / "in" / "dead.jpg"
     dead.symlink_to("nowhere")
     with pytest.raises(IncompleteError, match=r"1 objects could not be read.*dead\.jpg") as told:
@@ -69,8 +71,22 @@ def test_a_night_indexes_what_it_could_read_and_fails_for_the_rest(
     assert told.value.exit_code == 1
     assert told.value.report.freshness.indexed_rows == 6
     assert (tmp_path / "out" / "runs" / "latest.json").exists()
+    assert "last_success" not in metrics.read_text()
     dead.unlink()
     assert run_nightly(night).freshness.indexed_rows == 6
+    good = read_last_success(metrics)
+    with pytest.raises(AbortError, match="hours old"):
+        run_nightly(replace(night, nightly=replace(night.nightly, max_age_hours=1e-9)))
+    assert read_last_success(metrics) == good
+    assert "image_embedding_indexed_rows 6\n" in metrics.read_text()
+
+
+def read_last_success(metrics: Path) -> str:
+    [line] = [
+        line for line in metrics.read_text().splitlines()
+        if line.startswith("image_embedding_last_success_timestamp_seconds ")
+    ]  # fmt: skip
+    return line
 
 
 @pytest.mark.usefixtures("ray_cluster")

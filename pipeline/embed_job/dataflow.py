@@ -9,7 +9,6 @@ per chunk. The driver writes a shard's commit once its parts tile the shard.
 import logging
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -37,10 +36,10 @@ from pipeline.embed_job.wire import (
     read_loads,
     unpack_receipts,
 )
-from pipeline.errors import AbortError, ClusterError, SettingsError
+from pipeline.errors import AbortError, ClusterError
+from pipeline.joining import guard_joining
 from pipeline.records import Record, Shard
 
-_KNOCK_S = 10.0
 _READ_CPUS = 0.05
 _WHOLE_LOADS: dict[str, Any] = {
     "batch_size": 1,  # a row is a load; with GPUs Ray insists on a number
@@ -68,14 +67,8 @@ def cluster(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     target = address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"include_dashboard": False} if target == "local" else {}
-    try:
-        check_reachable(target)
-        with _mute_stderr():
-            ray.init(address=target, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except OSError as error:
-        raise SettingsError(
-            f"no Ray cluster answers at {target!r} ({error}); check --ray-address or RAY_ADDRESS"
-        ) from error
+    with guard_joining(address), _mute_stderr():
+        ray.init(address=target, log_to_driver=False, logging_level=logging.ERROR, **options)
     try:
         with _last_words():
             yield
@@ -109,13 +102,6 @@ def _last_words() -> Iterator[None]:
             yield
         finally:
             child.stdin.write(b"ended")
-
-
-def check_reachable(target: str) -> None:
-    """Raise an ``OSError`` when nobody listens there: Ray would try for minutes."""
-    host, _, port = target.removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
 
 
 @contextmanager

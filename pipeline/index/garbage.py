@@ -20,8 +20,9 @@ from pipeline.errors import (
     ConflictError,
     CorruptionError,
     NewerFormatError,
+    NothingThereError,
     PublishError,
-    SettingsError,
+    describe_no_index,
 )
 from pipeline.index.pointer import (
     REMEDY,
@@ -77,14 +78,14 @@ def find_garbage(index: str, *, keep: int, min_age_s: float, storage: Storage) -
         storage: How to reach the index.
 
     Raises:
-        SettingsError: There is no index at that URI.
+        NothingThereError: There is no index at that URI.
         CorruptionError: ``CURRENT`` or the generation that serves cannot be read.
     """
     current = look_up(index, storage)
     if current.damage is not None:
         raise CorruptionError(f"{current.damage}; {REMEDY}")
     if current.pointer is None:
-        raise SettingsError(f"no index at {index!r}: CURRENT is missing; check the URI")
+        raise NothingThereError(describe_no_index(index))
     newest = time.time() - min_age_s
     objects = {info.uri: info for info in storage.list_objects(index)}
     names = list_manifests(index, objects)

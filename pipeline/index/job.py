@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pipeline.config import IndexConfig
-from pipeline.errors import CorruptionError, SettingsError
+from pipeline.errors import CorruptionError, NothingThereError, describe_no_index
 from pipeline.index.build.update import update_index
 from pipeline.index.export.export import export
 from pipeline.index.files import REMEDY, FileStore, default_cache_dir
@@ -62,12 +62,12 @@ def read_serving(files: FileStore) -> Manifest:
     """Return the generation that serves.
 
     Raises:
-        SettingsError: There is none.
+        NothingThereError: There is none.
         CorruptionError: The pointer or the manifest is damaged.
     """
     manifest = read_current(files.index, files.storage)
     if manifest is None:
-        raise SettingsError(f"no index at {files.index!r}: CURRENT is missing; check the URI")
+        raise NothingThereError(describe_no_index(files.index))
     return manifest
 
 

@@ -3,7 +3,14 @@
 import uuid
 from dataclasses import dataclass
 
-from pipeline.errors import ConflictError, CorruptionError, PublishError, SettingsError
+from pipeline.errors import (
+    ConflictError,
+    CorruptionError,
+    NothingThereError,
+    PublishError,
+    SettingsError,
+    describe_no_index,
+)
 from pipeline.index.files import FileStore
 from pipeline.index.health import Stock, inspect, list_older, take_stock
 from pipeline.index.manifest import FileInfo, Manifest, digest_bytes
@@ -160,12 +167,12 @@ def roll_back(files: FileStore, target: str) -> tuple[Pointer, Manifest]:
             where that cannot be told, the newest whole one before it.
 
     Raises:
-        SettingsError: There is no such generation, or it is damaged; the message lists others.
+        NothingThereError: There is no such generation, or it is damaged; the message lists others.
         PublishError: Another publisher was first.
     """
     stock = take_stock(files)
     if stock.current.version is None and not stock.names:
-        raise SettingsError(f"no index at {files.index!r}: CURRENT is missing; check the URI")
+        raise NothingThereError(describe_no_index(files.index))
     name = target if target != "previous" else _find_previous(files, stock)
     if name not in stock.names:
         raise SettingsError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from pipeline.config import IndexConfig
+from pipeline.joining import guard_joining
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -116,7 +117,8 @@ def open_workers(*, use_ray: bool, address: str | None, tasks: int) -> Iterator[
 
     joined = ray.is_initialized()
     if not joined:
-        ray.init(address=address, log_to_driver=False, logging_level="warning")
+        with guard_joining(address):
+            ray.init(address=address, log_to_driver=False, logging_level="warning")
     try:
         largest = max(int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"])
         total = int(ray.cluster_resources().get("CPU", 1))

@@ -14,7 +14,13 @@ from typing import TypeVar
 
 import pyarrow.dataset
 
-from pipeline.errors import ConflictError, CorruptionError, ObjectMissingError
+from pipeline.errors import (
+    ConflictError,
+    CorruptionError,
+    NothingThereError,
+    ObjectMissingError,
+    describe_no_embeddings,
+)
 from pipeline.output.info import read_output_info
 from pipeline.records import Commit
 from pipeline.storage import Storage, join_uri, normalise_uri
@@ -179,15 +185,13 @@ def read_embeddings(uri: str, storage: Storage | None = None) -> pyarrow.dataset
         whole part with its digest.
 
     Raises:
-        ObjectMissingError: There is no output at ``uri``.
+        NothingThereError: There is no output at ``uri``.
     """
     storage = storage or Storage()
     output = normalise_uri(uri)
     info = read_output_info(output, storage)
     if info is None:
-        raise ObjectMissingError(
-            f"no embeddings at {uri!r}: space.json is missing; check the URI, or run embed first"
-        )
+        raise NothingThereError(describe_no_embeddings(uri))
     filesystem, base = storage.arrow_filesystem(output)
     checked = pyarrow.dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
     paths = [

@@ -11,8 +11,10 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from pipeline.errors import (
+    NothingThereError,
     ObjectMissingError,
     StorageError,
+    describe_no_embeddings,
 )
 from pipeline.output.commits import IO_THREADS, list_commits, map_threads
 from pipeline.output.info import OutputInfo, read_output_info
@@ -63,11 +65,11 @@ def verify_output(output: str, storage: Storage) -> VerifyReport:
     occurs twice.
 
     Raises:
-        ObjectMissingError: There is no output at that URI.
+        NothingThereError: There is no output at that URI.
     """
     info = read_output_info(output, storage)
     if info is None:
-        raise ObjectMissingError(f"no embeddings at {output!r}: space.json is missing")
+        raise NothingThereError(describe_no_embeddings(output))
     commits = list_commits(output, storage)
     problems: list[str] = []
     keys: set[bytes] = set()

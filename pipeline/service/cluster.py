@@ -15,6 +15,7 @@ from ray.serve.schema import LoggingConfig
 from pipeline.cli import parse_settings
 from pipeline.config import ServeConfig
 from pipeline.errors import ClusterError
+from pipeline.joining import guard_joining
 from pipeline.service.app import build_app
 from pipeline.service.guard import Asgi
 from pipeline.service.metrics import Metrics
@@ -88,7 +89,8 @@ def serve_on_ray(config: ServeConfig) -> ServeReport:
 def join_cluster(config: ServeConfig) -> None:
     """Join the Ray cluster that ``config`` names, or start one."""
     if not ray.is_initialized():
-        ray.init(address=config.ray_address, log_to_driver=False, logging_level=logging.WARNING)
+        with guard_joining(config.ray_address):
+            ray.init(address=config.ray_address, log_to_driver=False, logging_level=logging.WARNING)
 
 
 def start_replicas(config: ServeConfig) -> None:

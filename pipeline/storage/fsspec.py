@@ -20,6 +20,7 @@ from pipeline.errors import (
     ConflictError,
     ObjectChangedError,
     PipelineError,
+    ProtocolError,
     RetryError,
     StorageError,
 )
@@ -43,10 +44,11 @@ def connect_other(protocol: str) -> "OtherStore":
     """Open the store of a protocol.
 
     Raises:
-        StorageError: The protocol is unknown, is not read, or needs a package that is missing.
+        ProtocolError: The protocol is unknown, is not read, or needs a package that is missing.
+        StorageError: Its settings are lacking.
     """
     if protocol not in available_protocols():
-        raise StorageError(
+        raise ProtocolError(
             f"{protocol}:// is no protocol that is known; give a path, or a URI that starts with "
             "s3://, gs://, az://, hf:// or https://"
         )
@@ -56,9 +58,9 @@ def connect_other(protocol: str) -> "OtherStore":
     except (ImportError, ValueError) as error:
         told = known_implementations.get(protocol, {}).get("err") or str(error)
         remedy = f"run pip install {package}" if package else _COPY_FIRST
-        raise StorageError(f"{protocol}:// cannot be read here: {told}; {remedy}") from error
+        raise ProtocolError(f"{protocol}:// cannot be read here: {told}; {remedy}") from error
     if _needs_more_than_a_uri(kind):
-        raise StorageError(f"{protocol}:// is not read; {_COPY_FIRST}")
+        raise ProtocolError(f"{protocol}:// is not read; {_COPY_FIRST}")
     try:
         filesystem = open_filesystem(protocol, use_listings_cache=False)
     except Exception as error:  # each has settings of its own, and its own way to ask for them

@@ -88,7 +88,7 @@ def render_others() -> str:
     service.request_s.labels("/v1/search").observe(0.002)
     old_s = time.time() - 80 * 3600
     night = Freshness(old_s, 1.0, old_s, "00001-x", 10, {"ok": 10, "truncated": 1})
-    return asyncio.run(service.render()).decode() + night.to_prometheus()
+    return asyncio.run(service.render()).decode() + night.to_prometheus(night.finished_s)
 
 
 class OthersHandler(http.server.BaseHTTPRequestHandler):

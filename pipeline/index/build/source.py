@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.errors import ObjectMissingError, SettingsError
+from pipeline.errors import NothingThereError, SettingsError, describe_no_embeddings
 from pipeline.index.manifest import EmbeddingsInfo
 from pipeline.output.commits import list_commits
 from pipeline.output.info import OutputInfo, read_output_info
@@ -51,16 +51,14 @@ def read_source(embeddings: str | None, storage: Storage) -> Source:
 
     Raises:
         SettingsError: No embeddings were given, or they hold no vector.
-        ObjectMissingError: There are no embeddings at that URI.
+        NothingThereError: There are no embeddings at that URI.
     """
     if embeddings is None:
         raise SettingsError("no embeddings given; pass --embeddings with the embed job's output")
     uri = normalise_uri(embeddings)
     info = read_output_info(uri, storage)
     if info is None:
-        raise ObjectMissingError(
-            f"no embeddings at {uri!r}: space.json is missing; check the URI, or run embed first"
-        )
+        raise NothingThereError(describe_no_embeddings(uri))
     commits = list_commits(uri, storage).values()
     # Neighbouring names in one segment: the key ranges of segments then seldom overlap.
     source = Source(uri, info, tuple(sorted(commits, key=lambda c: (c.root, c.name, c.shard_id))))

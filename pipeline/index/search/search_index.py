@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy.typing as npt
 
-from pipeline.errors import CorruptionError, ObjectMissingError
+from pipeline.errors import CorruptionError, NothingThereError, describe_no_index
 from pipeline.index.cache import DEFAULT_BYTES
 from pipeline.index.faiss.codes import Floats
 from pipeline.index.files import FileStore, default_cache_dir
@@ -63,7 +63,7 @@ class SearchIndex:
             threads: Threads of one search. Many searches at once want 1.
 
         Raises:
-            ObjectMissingError: There is no index at ``uri``, or no such generation.
+            NothingThereError: There is no index at ``uri``, or no such generation.
             CorruptionError: A file is damaged or missing.
         """
         cache = Path(cache_dir) if cache_dir else default_cache_dir()
@@ -138,9 +138,7 @@ class SearchIndex:
             return parse_manifest(storage.read(uri), uri)
         found = read_pointer(self.uri, storage)
         if found is None:
-            raise ObjectMissingError(
-                f"no index at {self.uri!r}: CURRENT is missing; check the URI, or run index first"
-            )
+            raise NothingThereError(describe_no_index(self.uri))
         return _read_stable(self.uri, found[0], storage)
 
     def __len__(self) -> int:
