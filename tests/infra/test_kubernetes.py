@@ -23,6 +23,7 @@ from infra.manifests import (
     split_command,
     walk,
 )
+from jobs.nightly import main as run_nightly_job
 from pipeline.cli import parse_settings
 from pipeline.config import EmbedConfig, NightlyConfig, ServeConfig
 
@@ -114,6 +115,36 @@ def test_the_cron_job_submits_a_nightly_run_that_parses() -> None:
     script, flags = split_command(shlex.join(command))
     assert script == "image-nightly"
     parse_settings(NightlyConfig, flags)
+
+
+@pytest.mark.parametrize("name", ["RayJob/generated", "RayCronJob/nightly"])
+def test_kuberay_that_sees_no_exit_code_tries_no_run_again(name: str) -> None:
+    spec = OBJECTS[name]["spec"]
+    assert spec.get("jobTemplate", spec)["backoffLimit"] == 0
+
+
+def test_the_cron_job_checks_the_settings_it_submits_and_gives_up_on_wrong_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = OBJECTS["CronJob/nightly"]["spec"]["jobTemplate"]["spec"]
+    (rule,) = job["podFailurePolicy"]["rules"]
+    (check,) = job["template"]["spec"]["initContainers"]
+    assert rule["action"] == "FailJob"
+    assert rule["onExitCodes"] == {"containerName": check["name"], "operator": "In", "values": [2]}
+    assert job["template"]["spec"]["restartPolicy"] == "Never"  # the policy asks for that
+    (submit,) = find_containers(OBJECTS["CronJob/nightly"])
+    assert submit["args"][-1] in check["args"]
+    (mount,) = check["volumeMounts"]
+    assert NIGHTLY_PATH.startswith(mount["mountPath"])
+    (volume,) = job["template"]["spec"]["volumes"]
+    assert (volume["name"], volume["configMap"]["name"]) == (mount["name"], "nightly")
+    script, flags = split_command(shlex.join(check["command"] + check["args"]))
+    assert script == "image-nightly"
+    assert run_nightly_job(flags) == 0
+    wrong = tmp_path / "nightly.toml"
+    wrong.write_text((INFRA / "nightly.toml").read_text().replace("precision =", "precison ="))
+    assert run_nightly_job([f"--config={wrong}", "--check"]) == 2
+    assert "did you mean precision?" in capsys.readouterr().err
 
 
 def test_the_cron_job_submits_to_the_cluster_that_stays_with_its_token() -> None:
