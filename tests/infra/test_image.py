@@ -97,6 +97,7 @@ def test_every_image_is_pinned_and_ours_is_of_this_version(image: str) -> None:
 
 def test_gpu_nodes_get_the_cuda_variant_and_lookups_the_other() -> None:
     for item in kubernetes().values():
-        for container in find_containers(item):
+        own = (c for c in find_containers(item) if "image-embedding-pipeline" in c["image"])
+        for container in own:
             wants_gpu = item["kind"] in ("RayJob", "RayCronJob", "RayCluster")
             assert container["image"].endswith("-cuda" if wants_gpu else "-cpu")
