@@ -16,8 +16,8 @@ from pipeline.index.manifest import FileInfo, put_file
 
 LOG = logging.getLogger("pipeline.index")
 
-MAX_POINTS = 4000
-"""More points than anybody can tell apart; enough to see what lies where."""
+MAX_POINTS = 20_000
+"""The page draws so many in a few milliseconds; of a larger collection they are a sample."""
 
 _OUTLIER_SHARE = 0.005
 _SUBSPACE = 8
@@ -126,7 +126,9 @@ def compute_map(
 
 def choose_method(number: int) -> str:
     """Return how a map of ``number`` points is laid out here: ``"pca"`` or ``"umap"``."""
-    return "umap" if find_spec("umap") and number > 50 else "pca"
+    found = find_spec("umap")
+    # A folder that happens to be called so, or what a removed package left behind, has no origin.
+    return "umap" if found and found.origin and number > 50 else "pca"
 
 
 def project_pca(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

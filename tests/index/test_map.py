@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import CorruptionError
-from pipeline.index.map import MapPoints, compute_map, project_pca
+from pipeline.index.map import MapPoints, choose_method, compute_map, project_pca
 
 
 def make_clusters(rows, dim=32):
@@ -27,7 +27,7 @@ def test_the_projection_is_the_two_largest_principal_components(rows, dim):
 def test_the_map_keeps_clusters_together_inside_the_unit_square():
     vectors = make_clusters(600)
     points = compute_map(vectors, [str(i) for i in range(600)], max_points=300)
-    assert points.method == "pca"
+    assert points.method == choose_method(300)
     assert points.xy.shape == (300, 2)
     assert points.xy.min() >= 0
     assert points.xy.max() <= 1
@@ -76,3 +76,22 @@ def test_a_damaged_map_is_refused(data):
 def test_keys_and_vectors_have_to_fit():
     with pytest.raises(ValueError, match="2 keys do not fit 3 vectors"):
         compute_map(make_clusters(3), ["a", "b"])
+
+
+def test_a_folder_called_like_the_library_is_not_taken_for_it(tmp_path, monkeypatch):
+    """Python takes any folder for a package; a removed package may leave one behind."""
+    installed = choose_method(1000)
+    (tmp_path / "umap").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert choose_method(1000) == installed
+
+
+def test_groups_lie_apart_on_a_map_of_umap():
+    pytest.importorskip("umap", reason="needs the extra map: pip install -e '.[map]'")
+    vectors = make_clusters(120)
+    points = compute_map(vectors, [str(i) for i in range(120)])
+    assert points.method == "umap"
+    labels = np.arange(120) % 3
+    middles = np.stack([points.xy[labels == label].mean(axis=0) for label in range(3)])
+    nearest = np.linalg.norm(points.xy[:, None] - middles, axis=2).argmin(axis=1)
+    assert (nearest == labels).mean() > 0.95

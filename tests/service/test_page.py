@@ -720,6 +720,14 @@ def test_the_api_is_described_on_a_page_without_other_sites(open_page, service):
     expect(page.locator("#SearchOptions")).to_contain_text("score_threshold")
     expect(page.locator("#SearchOptions")).to_contain_text("10,000 values")
     expect(page.locator("#SearchForm")).to_contain_text("JSON of SearchOptions")
+    for name, shown in (("POST/v1/search", '"score"'), ("GET/v1/facets", '"counted": 60')):
+        operation = page.locator(
+            "article", has=page.locator("h3", has_text=re.compile(f"^{name}$"))
+        )
+        expect(operation.locator("pre").first).to_contain_text(f"curl '{service.url}/v1/")
+        operation.get_by_role("button", name="Try it").click()
+        expect(operation.locator(".answer")).to_contain_text("200 application/json")
+        expect(operation.locator(".answer")).to_contain_text(shown)
 
 
 def test_no_asset_names_another_site():

@@ -1,5 +1,7 @@
 // The API, shown from its own OpenAPI document.
 
+const apiKey = sessionStorage.getItem("api-key"); // the page asks for it
+const headers = apiKey ? { "X-API-Key": apiKey } : {};
 const response = await fetch("openapi.json");
 const document_ = await response.json();
 
@@ -100,8 +102,66 @@ function makeOperation(path, method, operation) {
       ],
     });
   });
+  parts.push(...makeExample(path, method, operation));
   const details = make("details", { children: [make("summary", { text: "Answers" }), makeTable(answers)] });
   return make("article", { className: "block", children: [...parts, details] });
+}
+
+// An example of each operation, about an image of this index: to copy, and to try from here.
+const some = await fetch("v1/sample?n=2", { headers }).then((one) => (one.ok ? one.json() : { items: [] }));
+const [key, other] = [...some.items.map((item) => item.key), "an/image.jpg", "another.jpg"];
+const BODIES = {
+  "/v1/search": { query: { key }, k: 3 },
+  "/v1/search/batch": { searches: [{ query: { key }, k: 1 }, { query: { like: [key, other] }, k: 1 }] },
+  "/v1/items": { keys: [key, other] },
+};
+const VALUES = { key, size: "256", n: "3", neighbours: "2" };
+const MAX_SHOWN = 4000;
+
+function makeExample(path, method, operation) {
+  const given = (operation.parameters ?? []).filter(({ name, in: place }) => place === "query" && VALUES[name]);
+  const query = new URLSearchParams(given.map(({ name }) => [name, VALUES[name]]));
+  const address = path.slice(1).replace("{key}", encodeURIComponent(key)) + (given.length ? `?${query}` : "");
+  const body = BODIES[path];
+  const isPicture = method === "post" && !body;
+  const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+  const command = [
+    `curl ${quote(new URL(address, location.href).href)}`,
+    apiKey ? '-H "X-API-Key: $KEY"' : "",
+    body ? `-H 'Content-Type: application/json' -d ${quote(JSON.stringify(body))}` : "",
+    isPicture ? "-F images=@picture.jpg" : "",
+  ].filter(Boolean).join(" \\\n  ");
+  const copy = make("button", { text: "Copy", className: "quiet" });
+  copy.onclick = async () => {
+    await navigator.clipboard?.writeText(command);
+    copy.textContent = "Copied";
+  };
+  const answer = make("pre", { className: "answer" });
+  answer.hidden = true;
+  const attempt = make("button", { text: "Try it", className: "button" });
+  attempt.onclick = async () => {
+    const json = body && { method: "POST", body: JSON.stringify(body) };
+    const type = body && { "Content-Type": "application/json" };
+    const found = await fetch(address, { ...json, headers: { ...headers, ...type } });
+    answer.replaceChildren(...(await showAnswer(found)));
+    answer.hidden = false;
+  };
+  const buttons = make("p", { className: "actions", children: isPicture ? [copy] : [attempt, copy] });
+  return [make("pre", { text: command }), buttons, answer];
+}
+
+async function showAnswer(found) {
+  const type = found.headers.get("content-type") ?? "";
+  const head = `${found.status} ${type}\n`;
+  if (type.startsWith("image/")) {
+    const image = make("img");
+    image.alt = "The picture";
+    image.src = URL.createObjectURL(await found.blob());
+    return [head, image];
+  }
+  const text = await found.text();
+  const shown = type.includes("json") ? JSON.stringify(JSON.parse(text), null, 2) : text;
+  return [head + (shown.length > MAX_SHOWN ? `${shown.slice(0, MAX_SHOWN)}\n…` : shown)];
 }
 
 function describeBody(schema) {
