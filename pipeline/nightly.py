@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
+
 from pipeline.config import EmbedConfig, IndexConfig, NightlyConfig
 from pipeline.embed_job.lease import Lease
 from pipeline.embed_job.report import EmbedReport
@@ -22,6 +24,7 @@ from pipeline.embed_job.run import embed
 from pipeline.errors import AbortError, IncompleteError, PipelineError, SettingsError
 from pipeline.images.decode import ImageLimits
 from pipeline.images.thumbnails import make_thumbnail
+from pipeline.index.faiss.codes import Floats
 from pipeline.index.job import IndexReport, build_index
 from pipeline.index.manifest import Manifest
 from pipeline.index.pointer import read_current
@@ -39,6 +42,7 @@ _NEIGHBOURS = 7
 _MAP_POINTS = 800
 _MAP_PICTURES = 60
 _MAP_SIZE = (1000, 700)
+_MAP_MARGIN_PX = 18  # a picture there is 34 wide
 _THUMBNAIL_PX = 124
 _LAST_SUCCESS = "image_embedding_last_success_timestamp_seconds"
 
@@ -302,12 +306,22 @@ def _show_picture(neighbour: Neighbour, storage: Storage) -> str | None:
         return None
 
 
+def place_on_page(xy: Floats) -> Floats:
+    """Return places on the drawn map, in pixels, of points in [0, 1]; the page's way up.
+
+    Pictures at the edge stay whole: half their side is kept free.
+    """
+    width, height = (side - 2 * _MAP_MARGIN_PX for side in _MAP_SIZE)
+    upright = np.column_stack([xy[:, 0], 1 - xy[:, 1]])
+    return np.asarray(upright * (width, height) + _MAP_MARGIN_PX)
+
+
 def _show_map(index: SearchIndex, storage: Storage) -> list[ShownImage]:
     points = index.snapshot.opened.map
     if points is None:
         return []
     step = max(1, len(points.keys) // _MAP_POINTS)
-    keys, places = points.keys[::step], points.xy[::step] * _MAP_SIZE
+    keys, places = points.keys[::step], place_on_page(points.xy[::step])
     pictured = set(keys[:: max(1, len(keys) // _MAP_PICTURES)])
     shown = [
         ShownImage(

@@ -1,13 +1,20 @@
 """Command lines and TOML files: one definition of the settings, clear refusals, exit codes."""
 
 import json
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 
 from pipeline.cli import parse_settings, run_job
-from pipeline.config import EmbedConfig, StorageOptions
+from pipeline.config import (
+    EmbedConfig,
+    IndexConfig,
+    NightlyConfig,
+    NightlyOptions,
+    StorageOptions,
+)
 from pipeline.errors import LeaseError, NoShardsError, SettingsError, TooManyFailuresError
 
 BASE = ["--input", "a", "b c", "--output", "out", "--model", "resnetv2_50.a1h_in1k"]
@@ -130,6 +137,17 @@ def test_help_shows_every_flag_and_exits_with_zero(capsys):
         if item.name != "storage":
             assert f"--{item.name.replace('_', '-')}" in text
     assert "--endpoint-url" in text
+
+
+def test_help_of_a_night_shows_the_flags_of_all_its_jobs_once(capsys):
+    with pytest.raises(SystemExit):
+        parse_settings(NightlyConfig, ["--help"], prog="nightly")
+    text = capsys.readouterr().out
+    for section in (EmbedConfig, IndexConfig, NightlyOptions, StorageOptions):
+        for item in fields(section):
+            if item.name != "storage":
+                flag = item.name.replace("_", "-")
+                assert len(re.findall(rf"(?m)^  --{flag}(?: |$)", text)) == 1, flag
 
 
 @dataclass(frozen=True)

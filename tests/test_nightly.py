@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pictures import make_jpeg, write_loose
 from runs import make_config, read_rows
@@ -21,7 +22,7 @@ from pipeline.errors import (
     SettingsError,
 )
 from pipeline.index.job import build_index
-from pipeline.nightly import run_nightly
+from pipeline.nightly import place_on_page, run_nightly
 from pipeline.output.commits import list_commits
 from pipeline.storage import Storage
 
@@ -109,6 +110,15 @@ def test_the_index_is_built_from_the_night_s_own_embeddings(night: NightlyConfig
     elsewhere = replace(night, index=replace(night.index, embeddings="/elsewhere"))
     with pytest.raises(SettingsError, match="leave --embeddings out"):
         run_nightly(elsewhere)
+
+
+def test_the_report_draws_the_map_the_page_s_way_up_and_cuts_no_picture() -> None:
+    left_low, right_high = place_on_page(np.array([[0, 0], [1, 1]], np.float32))
+    assert left_low[0] < right_high[0]
+    assert left_low[1] > right_high[1]  # y points down in a drawing, up on the page
+    for x, y in (left_low, right_high):
+        assert 17 <= x <= 1000 - 17
+        assert 17 <= y <= 700 - 17
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,13 @@ from pictures import make_jpeg, write_loose
 from runs import make_config
 
 from pipeline.embed_job.report import EmbedReport, ImageCounts
-from pipeline.embed_job.report_page import FailureSample, IndexSection, ShownImage, render_report
+from pipeline.embed_job.report_page import (
+    _STAGES,
+    FailureSample,
+    IndexSection,
+    ShownImage,
+    render_report,
+)
 from pipeline.embed_job.run import embed
 
 
@@ -39,6 +46,24 @@ def test_the_page_tells_what_went_in_and_out() -> None:
     for text in ("Run 20260101-000000-abcdef", "s3://bucket/out", "truncated", "10.00%", "70%"):
         assert text in page
     assert "1 min 15 s" in page
+
+
+def test_one_thing_has_one_number() -> None:
+    page = render_report(make_report())
+    table = page[page.index("In and out") : page.index("</table>")]
+    rows = re.findall(r"<tr><td>([^<]*)</td><td[^>]*>[^<]*</td><td[^>]*>([^<]*)</td></tr>", table)
+    numbers = dict(rows)
+    assert numbers["embedded by this run"] == "90"  # as the card above says
+    assert numbers["failed in this run, rows with a reason"] == "10"
+
+
+def test_every_stage_has_a_colour_of_its_own() -> None:
+    stages = dict.fromkeys([*_STAGES, "something new"], 1.0)
+    page = render_report(make_report(stage_seconds=stages))
+    used = re.findall(r'<i class="(c\d+)"></i>', page)
+    assert len(used) == len(set(used)) == len(stages)
+    colours = dict(re.findall(r"\.(c\d+) \{ background: (\S+);", page))
+    assert len({colours[name] for name in used}) == len(stages)
 
 
 def test_names_and_reasons_stay_text() -> None:

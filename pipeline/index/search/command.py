@@ -269,7 +269,7 @@ def render_report(report: SearchReport, storage: Storage) -> str:
         shown = Card(query.name, *_make_thumbnail(query.picture, "no picture: a bare vector"))
         answers.append(Answer(shown, [_make_card(item, storage) for item in found]))
     info = report.info
-    recall = info.measured.get("recall@10")
+    recall = info.measured.get("recall")
     facts = f"{info.rows:,} images · {info.kind}" + (f" · recall@10 {recall:.3f}" if recall else "")
     return render_page(answers, index=report.index, generation=report.generation, facts=facts)
 

@@ -242,7 +242,7 @@ function showQuery(state) {
       : "Drop or paste a picture anywhere on this page, choose one, or start from an indexed one below.",
     mine: "Your picture, looked up among the indexed ones.",
     like: "Click an example to leave it out.",
-    key: `In ${key?.slice(0, key.lastIndexOf("/")) || "the collection"}`,
+    key: `In ${key?.slice(0, Math.max(0, key.lastIndexOf("/"))) || "the collection"}`,
   };
   $("query-text").textContent = mine ? hints.mine : key !== null ? hints.key : like.length ? hints.like : hints.first;
   $("query-image").alt = asked ? "The query" : "";

@@ -196,6 +196,7 @@ def test_a_condition_on_a_carried_column_limits_the_answer(gallery, capsys):
 def test_a_page_shows_the_pictures_and_fetches_nothing(gallery, tmp_path, capsys):
     page = tmp_path / "page.html"
     assert search(gallery, "--key", "a.tar/000.jpg", "-k", "3", "--html", str(page)) == 0
+    assert re.search(r" · recall@10 [01]\.\d{3}", page.read_text())
     text = page.read_text()
     assert text.count('src="data:image/jpeg;base64,') == 4
     assert "default-src 'none'" in text
