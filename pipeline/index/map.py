@@ -17,7 +17,7 @@ from pipeline.index.manifest import FileInfo, put_file
 LOG = logging.getLogger("pipeline.index")
 
 MAX_POINTS = 20_000
-"""The page draws so many in a few milliseconds; of a larger collection they are a sample."""
+"""The page draws so many smoothly; of a larger collection they are a sample."""
 
 _OUTLIER_SHARE = 0.005
 _SUBSPACE = 8
