@@ -1,6 +1,8 @@
 """Nearest neighbours: ``python jobs/search.py --index URI --key KEY | --image F | --vector F``."""
 
 import sys
+import tempfile
+import webbrowser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,9 +43,11 @@ def ask(config: SearchConfig) -> Report:
 
         return ask_service(config)
     report = find_neighbours(config)
-    if config.html:
-        page = render_report(report, Storage(config.storage))
-        Path(config.html).write_text(page, encoding="utf-8")
+    if config.html or config.open:
+        page = Path(config.html or Path(tempfile.mkdtemp("-neighbours"), "neighbours.html"))
+        page.write_text(render_report(report, Storage(config.storage)), encoding="utf-8")
+        if config.open:
+            webbrowser.open(page.resolve().as_uri())
     return report
 
 

@@ -156,6 +156,8 @@ class ServeConfig:
     """Port to listen on."""
     local: bool = False
     """Run one plain server in this process, without Ray."""
+    open: bool = False
+    """Show the page in a browser once it can be reached."""
     replicas: Count = 1
     """Replicas on Ray Serve; those on one machine share the mapped index files."""
     cpus_per_replica: NotNegative = 1.0
@@ -296,6 +298,8 @@ class SearchConfig:
     """Print nothing but the JSON line."""
     html: str | None = None
     """Also write a page with the pictures to this file."""
+    open: bool = False
+    """Show that page in a browser; in a temporary file where --html names none."""
     generation: str | None = None
     """Search this generation instead of the newest."""
     cache_dir: str | None = None
@@ -310,8 +314,8 @@ class SearchConfig:
             raise SettingsError("pass either --index, or --url of a running lookup service")
         if self.url and not self.url.startswith(("http://", "https://")):
             raise SettingsError(f"url is {self.url!r}; it must start with http:// or https://")
-        for name in ("html", "generation") if self.url else ():
-            if getattr(self, name) is not None:
+        for name in ("html", "open", "generation") if self.url else ():
+            if getattr(self, name) not in (None, False):
                 raise SettingsError(f"--{name} needs --index; a service shows its own pages")
         given = [name for name in ("image", "key", "vector") if getattr(self, name) is not None]
         if len(given) != 1:

@@ -4,6 +4,7 @@ import logging
 import shlex
 import threading
 import time
+import webbrowser
 from collections.abc import Sequence
 
 import ray
@@ -81,6 +82,8 @@ def serve_on_ray(config: ServeConfig) -> ServeReport:
         start_replicas(config)
         url = f"http://{config.host}:{config.port}"
         log.info("serving %s on %s with %d replicas", config.index, url, config.replicas)
+        if config.open:
+            webbrowser.open(url)
         stop.wait()
         stop_replicas(config.shutdown_s)
     return ServeReport(config.index, url, round(time.monotonic() - started_s, 3))

@@ -4,6 +4,7 @@ import logging
 import signal
 import threading
 import time
+import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -60,6 +61,8 @@ def serve_here(config: ServeConfig) -> ServeReport:
     host, port = sock.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     log.info("serving %s on %s", config.index, url)
+    if config.open:
+        webbrowser.open(url)
     with catch_signals(threading.Event()):
         server.run(sockets=[sock])
     return ServeReport(config.index, url, round(time.monotonic() - started_s, 3))

@@ -46,16 +46,22 @@ def read_url(process):
     raise AssertionError(f"the job ended: {process.wait()}")
 
 
-def test_the_job_serves_in_one_process_until_it_is_told_to_stop(gallery):
-    flags = ("--index", gallery.index, "--local", "--no-image-queries", "--port", 0)
+def test_the_job_serves_in_one_process_until_it_is_told_to_stop(gallery, tmp_path, monkeypatch):
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\nprintf %s "$1" > {tmp_path}/opened\n')
+    browser.chmod(0o755)
+    monkeypatch.setenv("BROWSER", f"{browser} %s")
+    flags = ("--index", gallery.index, "--local", "--no-image-queries", "--port", 0, "--open")
     with start_job(*flags) as process:
-        with pipeline.Client(read_url(process)) as client:
+        url = read_url(process)
+        with pipeline.Client(url) as client:
             assert client.info().rows == 60
             assert len(client.search(key=KEY, k=3).results) == 3
             server = httpx.get(f"{client._http.base_url}healthz").headers.get("server")
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
+    assert (tmp_path / "opened").read_text() == url
     report = json.loads(out.splitlines()[-1])
     assert (report["job"], report["index"]) == ("serve", gallery.index)
     assert server is None

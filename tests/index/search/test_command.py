@@ -204,6 +204,16 @@ def test_a_page_shows_the_pictures_and_fetches_nothing(gallery, tmp_path, capsys
     assert "prefers-color-scheme:dark" in text
 
 
+def test_a_page_can_be_opened_at_once(gallery, tmp_path, monkeypatch, capsys):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    page = tmp_path / "page.html"
+    assert search(gallery, "--key", "a.tar/000.jpg", "--html", str(page), "--open") == 0
+    assert search(gallery, "--key", "a.tar/000.jpg", "--open") == 0
+    assert opened[0] == page.as_uri()
+    assert "neighbours.html" in opened[1]
+
+
 def test_a_page_explains_a_picture_that_is_gone(gallery, tmp_path, capsys):
     shard = gallery / "a.tar"
     data = shard.read_bytes()
