@@ -39,6 +39,7 @@ class Holder:
         pid: Its process.
         started: When that process started, in clock ticks since boot; ids are reused.
         renewed_s: When it last renewed the lease, in seconds since 1970 by its own clock.
+        takeovers: How many holders before it, one after the other, did not give the lease back.
     """
 
     run_id: str
@@ -47,13 +48,14 @@ class Holder:
     pid: int
     started: str
     renewed_s: float
+    takeovers: int = 0
 
     @classmethod
-    def here(cls, run_id: str) -> "Holder":
+    def here(cls, run_id: str, *, takeovers: int = 0) -> "Holder":
         """Return this process as a holder."""
         pid = os.getpid()
         host = socket.gethostname()
-        return cls(run_id, host, _read_boot(), pid, _read_start(pid), time.time())
+        return cls(run_id, host, _read_boot(), pid, _read_start(pid), time.time(), takeovers)
 
     def to_json(self) -> bytes:
         """Serialise for the lease object."""
@@ -68,7 +70,8 @@ class Holder:
         except (ValueError, TypeError):
             return None
         texts = (holder.run_id, holder.host, holder.boot, holder.started)
-        fits = all(isinstance(text, str) for text in texts) and type(holder.pid) is int
+        numbers = (type(holder.pid), type(holder.takeovers))
+        fits = all(isinstance(text, str) for text in texts) and numbers == (int, int)
         return holder if fits and holder.pid > 0 else None
 
 
@@ -116,6 +119,9 @@ def _is_alive(holder: Holder) -> bool:
 class Lease:
     """The right to write to an output; a context manager.
 
+    Attribute ``takeovers`` counts the holders before, one after the other, that did not give it
+    back.
+
     Args:
         output: The output.
         run_id: The run that wants it.
@@ -137,6 +143,7 @@ class Lease:
         self._run_id = run_id
         self._storage = storage
         self._expire_s = expire_s
+        self.takeovers = 0
         self._version = ""
         self._renewed_s = _now_s()
         self._renewing = threading.Lock()
@@ -183,8 +190,9 @@ class Lease:
     def _give_back(self) -> None:
         # A lease that storage does not delete expires; that is no error.
         with suppress(StorageError):
-            if self._is_own(self._storage.read(self._uri)):
-                self._storage.delete([self._uri])
+            data, version = self._storage.read_versioned(self._uri)
+            if self._is_own(data):
+                self._storage.delete_if_version(self._uri, version)
 
     def _is_own(self, data: bytes) -> bool:
         holder = Holder.from_json(data)
@@ -192,10 +200,10 @@ class Lease:
 
     def _acquire(self) -> str:
         for _ in range(3):
-            mine = Holder.here(self._run_id).to_json()
+            self.takeovers = 0
             self._renewed_s = _now_s()
             try:
-                return self._storage.put_if_absent(self._uri, mine)
+                return self._storage.put_if_absent(self._uri, self._describe_self())
             except ConflictError:
                 pass
             try:
@@ -203,12 +211,17 @@ class Lease:
             except ObjectMissingError:
                 continue
             self._await_death(data, version)
+            dead = Holder.from_json(data)
+            self.takeovers = 1 + (dead.takeovers if dead else 0)
             self._renewed_s = _now_s()
             try:
-                return self._storage.put_if_version(self._uri, mine, version)
+                return self._storage.put_if_version(self._uri, self._describe_self(), version)
             except (ConflictError, ObjectMissingError):
                 continue
         raise LeaseError(f"{self._uri} keeps changing hands; another run is starting as well")
+
+    def _describe_self(self) -> bytes:
+        return Holder.here(self._run_id, takeovers=self.takeovers).to_json()
 
     def _await_death(self, data: bytes, version: str) -> None:
         """Return once the holder is dead.
@@ -257,7 +270,7 @@ class Lease:
     def _renew_once(self) -> None:
         with self._renewing:
             asked_s = _now_s()
-            data = Holder.here(self._run_id).to_json()
+            data = self._describe_self()
             try:
                 self._version = self._write_again(data)
             except (ConflictError, ObjectMissingError):

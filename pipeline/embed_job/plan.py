@@ -1,6 +1,7 @@
 """Compares a listing with the commits: what to embed, carry over, restore and remove. Pure."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.config import EmbedConfig
@@ -50,6 +51,11 @@ class Plan:
     covered_rows: int = 0
     withheld_rows: int = 0
 
+    @property
+    def takes_away(self) -> bool:
+        """Whether rows that are live leave, or make way for others."""
+        return bool(self.removed or self.restored or any(s.supersedes for s in self.embed))
+
 
 def list_again(config: EmbedConfig, commits: Mapping[str, Commit]) -> frozenset[str]:
     """Return the committed shards to embed once more for the sake of their failed rows."""
@@ -91,6 +97,7 @@ def plan_shards(
     commits: Mapping[str, Commit],
     retired: Mapping[str, Commit],
     again: frozenset[str] = frozenset(),
+    doomed: Iterable[str] = (),
     sequence: int = 1,
     keep_missing: bool = False,
 ) -> Plan:
@@ -105,6 +112,7 @@ def plan_shards(
         commits: The live commits.
         retired: Commits of removed and superseded shards.
         again: Ids of committed shards to embed once more (``--retry-failed``).
+        doomed: Paths of parts that may be deleted at any time; no part gets into their folders.
         sequence: Number of this run; names the parts of the shards in ``again``, so that their
             committed parts stay untouched until the new commit replaces the old one.
         keep_missing: Leave the rows alone whose source is no longer listed.
@@ -120,15 +128,18 @@ def plan_shards(
     wanted += bundles
     here = {shard.id for shard in wanted} | kept
     superseded = _find_superseded(wanted, commits)
+    taken = {path.split("/")[1] for path in doomed}
     embed, restored = [], []
     for shard in wanted:
         old = tuple(sorted(set(shard.supersedes) | superseded.get(shard.id, set())))
         if shard.id in again:
-            embed.append(replace(shard, supersedes=old, folder=f"{shard.id}.{sequence}"))
+            folder = _choose_folder(f"{shard.id}.{sequence}", taken)
+            embed.append(replace(shard, supersedes=old, folder=folder))
         elif shard.id in retired and shard.id not in commits:
             restored.append((retired[shard.id], old))
         elif shard.id not in commits:
-            embed.append(replace(shard, supersedes=old, folder=shard.id))
+            folder = _choose_folder(shard.id, taken)
+            embed.append(replace(shard, supersedes=old, folder=folder))
     leaving = {old for shard in embed for old in shard.supersedes}
     leaving |= {old for _, olds in restored for old in olds}
     removed = [
@@ -151,6 +162,11 @@ def plan_shards(
             c.rows for c in commits.values() if covers(listing.roots, c.root, c.source)
         ),
     )
+
+
+def _choose_folder(name: str, taken: Container[str]) -> str:
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(1)))
+    return next(candidate for candidate in names if candidate not in taken)
 
 
 def guard_removal(make_plan: Callable[..., Plan], *, max_removed: float) -> Plan:

@@ -5,7 +5,7 @@ import math
 import time
 import uuid
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -65,6 +65,7 @@ from pipeline.log import LOG
 from pipeline.output.commits import (
     find_damaged,
     list_commits,
+    list_doomed,
     list_present_commits,
     list_retired,
     prune_output,
@@ -109,10 +110,8 @@ def embed(
         return _verify(config, storage)
     find_backbone(config.model)  # a misspelt name needs no listing to be found
     listing_started_s = time.perf_counter()
-    known = partial(_list_known_images, config.output, storage)
-    listing = list_sources(config.input, config.input_kind, storage, known=known)
+    listing = _list_input(config, storage)
     list_s = time.perf_counter() - listing_started_s
-    _refuse_overlap(config.output, listing)
     info, weights = describe_output(config, storage)
     info = describe_columns(info, listing, storage)
     if config.dry_run:
@@ -122,6 +121,13 @@ def embed(
         claimed = make_output(config, info, weights, storage)
         run = _Run(config, run_id, started_s, claimed, lease)
         return run.execute(listing, list_s=list_s, stand_in=stand_in)
+
+
+def _list_input(config: EmbedConfig, storage: Storage) -> Listing:
+    known = partial(_list_known_images, config.output, storage)
+    listing = list_sources(config.input, config.input_kind, storage, known=known)
+    _refuse_overlap(config.output, listing)
+    return listing
 
 
 def _list_known_images(output: str, storage: Storage) -> frozenset[tuple[str, str]]:
@@ -176,6 +182,7 @@ class _Run:
         self._failed: dict[str, tuple[Shard, AbortError]] = {}
         self._unmended: dict[str, str] = {}
         self._absent: dict[str, str] = {}
+        self._present: Mapping[str, Commit] = {}
         self._before: Mapping[str, Commit] = {}
         self._live: Mapping[str, Commit] = {}
         self._damaged: Mapping[str, str] = {}
@@ -188,6 +195,10 @@ class _Run:
         self._stand_in = stand_in
         self._counters.seconds["list"] = list_s
         plan, commits = self._plan(listing)
+        if plan.takes_away:  # by a listing of before the lease: another run may have embedded since
+            listing = _list_input(self._config, self._storage)
+            plan, commits = self._plan(listing)
+        self._lease.check()
         self._info = complete_output(self._config.output, self._info, plan.embed, self._storage)
         self._apply_changes(plan)
         if plan.embed:
@@ -211,11 +222,14 @@ class _Run:
         """Return what is to be done, and the commits that are live before it."""
         output = self._config.output
         commits, superseded = list_present_commits(output, self._storage)
-        for shard_id in superseded:  # left by a run that was killed between commit and clean-up
-            retire_commit(output, shard_id, self._storage)
+        self._present = commits | superseded
+        self._retire(superseded)  # left by a run that was killed between commit and clean-up
         retired = list_retired(output, self._storage)
+        doomed = list_doomed(output, self._storage)
         known = [*commits.values(), *retired.values()]
-        self._sequence = 1 + max((commit.sequence for commit in known), default=0)
+        # Who was paused and lost the lease may still commit: as an earlier run than this one.
+        self._sequence = 1 + self._lease.takeovers
+        self._sequence += max((commit.sequence for commit in known), default=0)
         damaged = find_damaged(output, commits | retired, self._storage)
         for shard_id, problem in damaged.items():
             if shard_id in commits:
@@ -228,7 +242,12 @@ class _Run:
             space_id=self._info.space.id,
             layout=self._info.layout,
             commits=commits,
-            retired={key: commit for key, commit in retired.items() if key not in damaged},
+            retired={
+                key: commit
+                for key, commit in retired.items()
+                if key not in damaged and doomed.isdisjoint(part.path for part in commit.parts)
+            },
+            doomed=doomed,
             again=list_again(self._config, commits) | self._damaged.keys(),
             sequence=self._sequence,
         )
@@ -251,16 +270,20 @@ class _Run:
 
     def _apply_changes(self, plan: Plan) -> None:
         """Bring back shards whose source is back, take out those whose source is gone."""
-        output = self._config.output
         for commit, supersedes in plan.restored:
             renewed = renew_commit(
                 commit, sequence=self._sequence, run_id=self._run_id, supersedes=supersedes
             )
-            restore_commit(output, renewed, self._storage)
-            for shard_id in supersedes:
-                retire_commit(output, shard_id, self._storage)
-        for commit in plan.removed:
-            retire_commit(output, commit.shard_id, self._storage)
+            self._lease.check()
+            restore_commit(self._config.output, renewed, self._storage)
+            self._retire(supersedes)
+        self._retire(commit.shard_id for commit in plan.removed)
+
+    def _retire(self, shard_ids: Iterable[str]) -> None:
+        for shard_id in shard_ids:
+            self._lease.check()
+            expected = self._present.get(shard_id)
+            retire_commit(self._config.output, shard_id, self._storage, expected=expected)
 
     def _embed_shards(self, shards: Sequence[Shard]) -> None:
         limit = self._config.max_failures
@@ -347,8 +370,7 @@ class _Run:
             commit.source,
             commit.rows,
         )
-        for shard_id in commit.supersedes:
-            retire_commit(self._config.output, shard_id, self._storage)
+        self._retire(commit.supersedes)
 
     def _settle(self, opened: OpenShard) -> bool:
         """See to a bundle's absent images; return whether anything is left to commit."""
@@ -415,6 +437,7 @@ class _Run:
         """Balance the books against what the output holds now, and write the report."""
         self._embed_started_s = min(self._embed_started_s, self._embed_ended_s)
         live = self._live = list_commits(self._config.output, self._storage)
+        self._lease.check()  # what another run has written meanwhile is not this one's to count
         failed = self._list_failures()
         objects, aside = account_objects(listing, live.values(), failed=failed, stopped=stopped)
         failed |= {entry.uri: entry.reason for entry in listing.failed}

@@ -5,9 +5,12 @@ through ``list_commits``; nothing else decides what is live.
 """
 
 import itertools
+import json
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -31,6 +34,9 @@ PRUNE_STEP = 1000
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+_DOOMED = "pruning"
 
 
 def commit_path(shard_id: str) -> str:
@@ -72,15 +78,29 @@ def write_commit(
     storage.put_if_version(uri, commit.to_json(), version)
 
 
-def retire_commit(output: str, shard_id: str, storage: Storage) -> None:
-    """Take a shard out of the live rows, reversibly: its parts stay until they are pruned."""
+def retire_commit(
+    output: str, shard_id: str, storage: Storage, *, expected: Commit | None = None
+) -> None:
+    """Take a shard out of the live rows, reversibly: its parts stay until they are pruned.
+
+    A process that was paused, and wakes up after another run committed the shard again, leaves that
+    commit alone.
+
+    Args:
+        output: The output.
+        shard_id: The shard.
+        storage: How to reach the output.
+        expected: The commit to retire; any where None.
+    """
     uri = join_uri(output, commit_path(shard_id))
     try:
-        data = storage.read(uri)
+        data, version = storage.read_versioned(uri)
     except ObjectMissingError:
         return
+    if expected is not None and Commit.from_json(data) != expected:
+        return
     storage.put(join_uri(output, retired_path(shard_id)), data)
-    storage.delete([uri])
+    storage.delete_if_version(uri, version)
 
 
 def restore_commit(output: str, commit: Commit, storage: Storage) -> None:
@@ -117,19 +137,29 @@ def split_commits(commits: Mapping[str, Commit]) -> tuple[dict[str, Commit], dic
     """Split commits into live and superseded ones.
 
     A commit is superseded by a later one that names it; later, because a source that went back to
-    an older version brings back a commit that the newer version's had superseded. Where two runs
-    share a sequence number, their names decide, so that one of two commits is live and not both.
+    an older version brings back a commit that the newer version's had superseded. So is one by a
+    later one of the same object or image, whether named or not: a process that was paused may have
+    written it after another run had taken over. Where two runs share a sequence number, their names
+    decide, so that one of two commits is live and not both.
     """
     newest: dict[str, tuple[int, str]] = {}
     for commit in commits.values():
-        for shard_id in commit.supersedes:
-            newest[shard_id] = max(newest.get(shard_id, (0, "")), (commit.sequence, commit.run_id))
+        age = (commit.sequence, commit.run_id)
+        for name in (*commit.supersedes, *_list_sources(commit)):
+            newest[name] = max(newest.get(name, age), age)
     live = {
         key: commit
         for key, commit in commits.items()
-        if newest.get(key, (0, "")) <= (commit.sequence, commit.run_id)
+        if all(
+            newest.get(name, (0, "")) <= (commit.sequence, commit.run_id)
+            for name in (key, *_list_sources(commit))
+        )
     }
     return live, {key: c for key, c in commits.items() if key not in live}
+
+
+def _list_sources(commit: Commit) -> Iterable[str]:
+    return (member.uri for member in commit.members) if commit.members else (commit.source,)
 
 
 def _read_commits(output: str, folder: str, storage: Storage) -> dict[str, Commit]:
@@ -239,6 +269,10 @@ def prune_output(
 ) -> int:
     """Delete retired commits with their parts, and old parts that no commit names.
 
+    The list of what is doomed is written first, and deleted last. Should this process be paused in
+    between and another run take over, that run uses nothing on the list: it brings no commit back
+    whose parts are doomed, and gives no part such a name.
+
     Args:
         output: The output.
         storage: How to reach it.
@@ -260,12 +294,27 @@ def prune_output(
         if (path := info.uri[len(output) + 1 :]) in left
         or (path not in live and (info.modified_s or 0.0) < oldest_s)
     ]
+    unused += [join_uri(output, path) for path in list_doomed(output, storage) - left - live]
     # Commits first: a retired commit promises that its parts are there.
     doomed = [join_uri(output, retired_path(shard_id)) for shard_id in retired] + unused
+    own = join_uri(output, _DOOMED, f"{uuid.uuid4().hex[:16]}.json")
+    if doomed:
+        storage.put(own, json.dumps([uri[len(output) + 1 :] for uri in unused]).encode())
     for start in range(0, len(doomed), PRUNE_STEP):
         check()
         storage.delete(doomed[start : start + PRUNE_STEP])
+    lists = storage.list_objects(join_uri(output, _DOOMED))
+    storage.delete(i.uri for i in lists if i.uri == own or (i.modified_s or 0.0) < oldest_s)
     return len(doomed)
+
+
+def list_doomed(output: str, storage: Storage) -> frozenset[str]:
+    """Return the paths of the parts that a pruning deletes just now, or died over."""
+    found: set[str] = set()
+    for info in storage.list_objects(join_uri(output, _DOOMED)):
+        with suppress(ObjectMissingError):  # that pruning has ended since
+            found.update(json.loads(storage.read(info.uri)))
+    return frozenset(found)
 
 
 def renew_commit(

@@ -55,6 +55,7 @@ class Store(Protocol):
     ) -> str: ...
     def conditional_version(self, data: bytes, version: str, /) -> str: ...  # noqa: D102
     def delete(self, uris: Iterable[str]) -> None: ...  # noqa: D102
+    def delete_if(self, uri: str, *, version: str) -> None: ...  # noqa: D102
     def upload(self, local_path: Path, uri: str) -> None: ...  # noqa: D102
 
 
@@ -253,6 +254,19 @@ class Storage:
         for group in by_store.values():
             self._try("delete", group[0], functools.partial(_delete_all, uris=group))
 
+    def delete_if_version(self, uri: str, version: str) -> None:
+        """Delete an object if it is still ``version``; otherwise leave it, silently.
+
+        A process that was paused just before does no harm to what others have written since. Some
+        S3 stores know no such condition, and delete whatever is there.
+
+        Args:
+            uri: The object.
+            version: From ``read_versioned``, ``put_if_absent`` or ``put_if_version``.
+        """
+        uri = normalise_uri(uri)
+        self._try("delete", uri, lambda store: store.delete_if(uri, version=version))
+
     def upload(self, local_path: Path, uri: str) -> None:
         """Copy a local file to an object, without holding all of it in memory."""
         uri = normalise_uri(uri)
@@ -303,8 +317,9 @@ class Storage:
 
     def _store(self, uri: str) -> Store:
         # Connections survive neither a fork nor new credentials in the environment.
-        environment = tuple(item for item in os.environ.items() if item[0][:4] == "AWS_")
-        return _connect((os.getpid(), environment), _split_protocol(uri)[0], self.options)
+        protocol = _split_protocol(uri)[0]
+        environment = _read_environment() if protocol == "s3" else ()
+        return _connect((os.getpid(), environment), protocol, self.options)
 
 
 def normalise_uri(text: str) -> str:
@@ -358,6 +373,10 @@ def _delete_all(store: Store, *, uris: list[str]) -> None:
 def _copy_to(*, source: BinaryIO, local_path: Path) -> None:
     with write_atomically(local_path) as target:
         shutil.copyfileobj(source, target, _READ_AHEAD_BYTES)
+
+
+def _read_environment() -> tuple[tuple[str, str], ...]:
+    return tuple(item for item in os.environ.items() if item[0][:4] == "AWS_")
 
 
 @functools.lru_cache(maxsize=32)

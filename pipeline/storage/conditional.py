@@ -113,18 +113,32 @@ class ConditionalWrites:
         etag = self._write_or_recognise(uri, data, condition=_CREATE, write_id=write_id)
         bucket = uri.removeprefix("s3://").partition("/")[0]
         if bucket not in self._honours_create:
-            self._check_create(uri, data)
+            etag = self._repeat_create(uri, data, write_id=write_id) or etag
             self._honours_create.add(bucket)
         return etag
 
-    def _check_create(self, uri: str, data: bytes) -> None:
-        """Repeat the creation of what is there by now: it must fail."""
+    def _repeat_create(self, uri: str, data: bytes, *, write_id: str) -> str | None:
+        """Create again what is there by now; that must fail, unless it was deleted meanwhile.
+
+        Returns:
+            The etag where it had been deleted, and is there once more.
+        """
         try:
-            self._store.write(uri, data, condition=_CREATE)
+            etag = self._store.write(uri, data, condition=_CREATE, write_id=write_id)
         except Exception as error:
             if status_of(error) not in (409, 412):
                 raise
-            return
+            return None
+        probe = _guard_of(f"{uri}.{write_id}")  # nobody else knows this name
+        self._store.write(probe, b"", condition=_CREATE)
+        try:
+            self._store.write(probe, b"", condition=_CREATE)
+        except Exception as error:
+            if status_of(error) not in (409, 412):
+                raise
+            return etag
+        finally:
+            self._store.delete([probe])
         raise _make_ignored_error(uri, "If-None-Match")
 
     def _write_or_recognise(

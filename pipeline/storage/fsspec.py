@@ -219,6 +219,14 @@ class OtherStore:
             except FileNotFoundError:
                 continue
 
+    def delete_if(self, uri: str, *, version: str) -> None:
+        """Delete an object if its content still has ``version``."""
+        with _memory_lock:
+            if self._filesystem.exists(uri) and version == self.conditional_version(
+                self._filesystem.cat_file(uri), ""
+            ):
+                self.delete([uri])
+
     def upload(self, local_path: Path, uri: str) -> None:
         """Copy a file."""
         self._filesystem.put_file(str(local_path), uri)

@@ -115,6 +115,12 @@ class LocalStore:
         for uri in uris:
             Path(uri).unlink(missing_ok=True)
 
+    def delete_if(self, uri: str, *, version: str) -> None:
+        """Delete a file if its content still has ``version``."""
+        with _lock(Path(uri)):
+            if self._find_content_version(uri) == version:
+                self.delete([uri])
+
     def upload(self, local_path: Path, uri: str) -> None:
         """Copy a file so that it appears whole or not at all."""
         with local_path.open("rb") as source, write_atomically(Path(uri)) as target:

@@ -114,6 +114,22 @@ class S3Store:
         """Delete objects; missing ones are fine."""
         self._run(self._delete([_name(uri) for uri in uris]))
 
+    def delete_if(self, uri: str, *, version: str) -> None:
+        """Delete an object if its etag is still ``version``.
+
+        A store that does not know the condition says so or ignores it; a look comes before.
+        """
+        head = self.look_up(uri)
+        if head is None or head.etag != version:
+            return
+        try:
+            self._call("delete_object", **_name(uri), IfMatch=f'"{version}"')
+        except Exception as error:
+            if status_of(error) == 501:
+                self.delete([uri])
+            elif status_of(error) not in (404, 412):
+                raise
+
     def upload(self, local_path: Path, uri: str) -> None:
         """Copy a file; large ones in parts, which show only once all of them are there."""
         if local_path.stat().st_size <= _PART_BYTES:

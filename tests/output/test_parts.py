@@ -99,7 +99,8 @@ def write_shard(output: str, shard_id: str = "aa", *, info: OutputInfo = INFO, *
                 storage=STORAGE,
             )
         )
-    commit = Commit(shard_id, "tar", "a.tar", "/in", "a.tar", "v1", 9, info.space.id, tuple(parts))
+    name = f"{shard_id.removesuffix('-new')}.tar"
+    commit = Commit(shard_id, "tar", name, "/in", name, "v1", 9, info.space.id, tuple(parts))
     commit = replace(commit, **changes)
     write_commit(output, commit, STORAGE)
     return commit
