@@ -355,7 +355,7 @@ def test_wrong_settings_are_refused(capsys: pytest.CaptureFixture[str]):
         BenchmarkConfig(rounds=0)
     with pytest.raises(SettingsError, match="simulated_actors is 0; it must be at least 1"):
         BenchmarkConfig(simulated_actors=0)
-    with pytest.raises(SettingsError, match=r"simulated_chunk_s is 0\.0; it must be above 0"):
+    with pytest.raises(SettingsError, match=r"simulated_chunk_s is 0\.0; it must be positive"):
         BenchmarkConfig(simulated_chunk_s=0.0)
     assert main(["--model", "resnet50"]) == 2
     assert "unknown backbone 'resnet50'" in capsys.readouterr().err
