@@ -740,3 +740,25 @@ def test_no_asset_names_another_site():
         assert "https:" not in text
         assert "style=" not in text
         assert " onclick=" not in text
+
+
+def read_palette(style: str, names: dict[str, str]) -> list[tuple[str, str]]:
+    """Return the light and the dark value of each variable of a page that is a file."""
+    return [tuple(re.findall(rf"--{name}: ?(#\w+)", style)[:2]) for name in names]
+
+
+def test_the_page_the_report_and_the_file_of_neighbours_have_the_same_colours():
+    folder = Path(__file__).parents[2] / "pipeline"
+    css = (folder / "service/page/page.css").read_text()
+    own = dict(re.findall(r"--(\w+): (light-dark\(#\w+, #\w+\))", css))
+    report = {"ink": "text", "soft": "faint", "line": "line", "paper": "ground", "card": "card"}
+    report |= {"bad": "bad"}
+    found = {"ink": "text", "soft": "faint", "line": "line", "bg": "ground", "card": "card"}
+    found |= {"accent": "accent", "frame": "sunken"}
+    for path, names in (
+        ("embed_job/pages/report.html.j2", report),
+        ("index/search/command.py", found),
+    ):
+        pairs = read_palette((folder / path).read_text(), names)
+        shown = [f"light-dark({light}, {dark})" for light, dark in pairs]
+        assert shown == [own[name] for name in names.values()], path

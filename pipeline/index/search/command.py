@@ -29,10 +29,11 @@ _HIDDEN = {"key", "shard", "row", "offset", "nbytes", "sha256", "norm", "width",
 _MAX_VALUE = 80
 
 _STYLE = """
-:root{color-scheme:light dark;--bg:#f6f5f2;--card:#fff;--ink:#1c1b19;--soft:#6d6a63;--line:#e2dfd8;
---accent:#2f6f5e;--frame:#ebe8e1}
-@media (prefers-color-scheme:dark){:root{--bg:#161614;--card:#201f1d;--ink:#efece5;--soft:#a29d92;
---line:#33312d;--accent:#7cc4ac;--frame:#2a2926}}
+:root{color-scheme:light dark;--bg:#f6f7f8;--card:#ffffff;--ink:#16191b;--soft:#57606a;
+--line:#d9dee2;--accent:#0f766e;--frame:#eceff1}
+@media (prefers-color-scheme:dark){
+:root{--bg:#101314;--card:#191d1f;--ink:#eceff0;--soft:#9aa4ab;
+--line:#2c3236;--accent:#2dd4bf;--frame:#0b0d0e}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);
 font:15px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
