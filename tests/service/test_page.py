@@ -245,15 +245,17 @@ def test_the_map_shows_what_the_filter_leaves(open_page):
         ("/?view=map", "filter"),
         (f"/?key={KEY}", "filter k exact"),
         (f"/?key={KEY}&view=map", "filter k exact"),
+        (f"/?key={KEY}&view=groups", ""),
+        ("/?view=failures", ""),
     ],
 )
 def test_a_view_shows_the_controls_that_act_on_it_and_no_others(open_page, path, controls):
     page = open_page(path)
     expect(page.locator("#freshness")).to_contain_text("images 60")
     shown = page.evaluate(
-        "['filter', 'k', 'exact'].filter((id) => document.getElementById(id).offsetParent)"
+        "['filter', 'k', 'exact', 'apply'].filter((id) => document.getElementById(id).offsetParent)"
     )
-    assert " ".join(shown) == controls
+    assert " ".join(shown) == f"{controls} apply" * bool(controls)
 
 
 def test_facets_count_and_write_the_filter(open_page):

@@ -225,8 +225,7 @@ function showQuery(state) {
   const searches = state.view === "grid" || state.view === "map";
   $("exact").closest("label").hidden = !asked || !searches; // only what acts on what is shown
   $("k").closest(".field").hidden = !searches || (!asked && state.view === "map");
-  $("filter").closest(".field").hidden = !searches;
-  $("help").hidden = !searches;
+  $("options").hidden = !searches;
   $("facets").hidden = !searches;
   const mine = findUpload(upload);
   const title = mine ? mine.name : key !== null ? baseName(key) : like.length ? nameExamples(state) : "Find similar images";
