@@ -1,5 +1,6 @@
 """DOOR to Ray for building: the same function over many tasks, here or on a cluster."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,11 @@ from pipeline.joining import guard_joining
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+LOG = logging.getLogger("pipeline.index")
+
 RETRIES = 3
+PATIENCE_S = 60.0
+"""Time without a finished task after which a line says so."""
 MAX_TASK_THREADS = 16
 
 LOCAL_ROWS = 2_000_000
@@ -92,7 +97,11 @@ class RayWorkers:
 
 
 def _take_finished(ray: Any, pending: dict[Any, int], results: dict[int, Any]) -> None:
-    done, _ = ray.wait(list(pending), num_returns=1)
+    while not (done := ray.wait(list(pending), num_returns=1, timeout=PATIENCE_S)[0]):
+        free = ray.available_resources().get("CPU", 0.0)
+        LOG.warning(
+            "waiting tasks=%d free_cpus=%g: tasks run, or wait for CPUs", len(pending), free
+        )
     for reference in done:
         try:
             results[pending.pop(reference)] = ray.get(reference)
