@@ -61,7 +61,8 @@ def publish(files: FileStore, manifest: Manifest, *, before: Current) -> Pointer
         before: What ``CURRENT`` was when the build began.
 
     Raises:
-        PublishError: Another publisher was first; the manifest is gone again then.
+        PublishError: Another publisher was first; the manifest is gone again then, unless somebody
+            made it serve.
     """
     data, uri = manifest.to_json(), join_uri(files.index, manifest_path(manifest.generation))
     files.storage.put_if_absent(uri, data)
@@ -70,7 +71,10 @@ def publish(files: FileStore, manifest: Manifest, *, before: Current) -> Pointer
     try:
         return swap_pointer(files, target, before)
     except PublishError:
-        files.storage.delete([uri])
+        # Where CURRENT is missing or damaged, others make the newest whole generation serve.
+        now = look_up(files.index, files.storage).pointer
+        if before.pointer and now and manifest.generation not in (now.generation, *now.history):
+            files.storage.delete([uri])
         raise
 
 
@@ -115,8 +119,10 @@ def _took_effect(written: Pointer, before: Pointer | None, now: Pointer | None) 
     When the reply to a write is lost it is sent again, and the second one meets what the first one
     wrote, or what somebody made of that since.
     """
-    if now is None or _same_publication(written, now):
-        return now is not None
+    if now is None:
+        return False
+    if (now.generation, now.pinned) == (written.generation, written.pinned):
+        return True
     served = (before.generation, *before.history) if before else ()
     return written.generation in now.history and written.generation not in served
 
