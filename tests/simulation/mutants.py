@@ -16,6 +16,8 @@ from pipeline.embed_job.actors import EmbedActor
 from pipeline.embed_job.lease import Lease
 from pipeline.embed_job.ledger import OpenShard
 from pipeline.embed_job.run import _Run
+from pipeline.index import garbage, publish
+from pipeline.index.build import segment_writer
 from pipeline.output import commits, parts
 from pipeline.storage import ranges
 from pipeline.storage.conditional import ConditionalWrites
@@ -281,5 +283,83 @@ MUTANTS = (
         EmbedActor._embed_load,
         "yield _describe_failed(failed)",
         "pass",
+    ),
+)
+
+
+INDEX_MUTANTS = (
+    Mutant(
+        "CURRENT names a manifest before it is written",
+        publish.publish,
+        "files.storage.put_if_absent(uri, data)",
+        "needed = tuple(manifest.list_needed())\n"
+        "    sha = digest_bytes(data)\n"
+        "    swap_pointer(files, Target(manifest.generation, sha, manifest.seq, needed), before)\n"
+        "    return files.storage.put_if_absent(uri, data)",
+    ),
+    Mutant(
+        "CURRENT is swapped without a condition",
+        publish.swap_pointer,
+        "files.storage.put_if_version(uri, pointer.to_json(), before.version)",
+        "files.storage.put(uri, pointer.to_json())",
+    ),
+    Mutant(
+        "whoever meets a conflict takes it for its own write",
+        publish._took_effect,
+        "if now is None:",
+        "if True:\n        return True\n    if now is None:",
+        survives="the loser says that it published, and what serves stays whole",
+    ),
+    Mutant(
+        "the loser of a race deletes its manifest whatever serves",
+        publish.publish,
+        "if before.pointer and now and manifest.generation not in (now.generation, *now.history):",
+        "if True:",
+        survives="one schedule in hundreds tells, kept as a test of its own",
+    ),
+    Mutant(
+        "what a collection between has deleted is not looked for",
+        publish._let_pass,
+        "if damage is not None:",
+        "if False:",
+        survives="the list of what is doomed tells first",
+    ),
+    Mutant(
+        "a generation is published whatever is being deleted",
+        publish._refuse_doomed,
+        "if path in doomed:",
+        "if False:",
+    ),
+    Mutant(
+        "a collection deletes without changing CURRENT",
+        garbage.delete_garbage,
+        "storage.put_if_version(uri, announced.to_json(), found.current.version)",
+        "pass",
+    ),
+    Mutant(
+        "a collection goes by age alone",
+        garbage.find_garbage,
+        "if _is_old(info, newest) and info.uri not in needed and",
+        "if _is_old(info, newest) and not info.uri.endswith('CURRENT') and",
+    ),
+    Mutant(
+        "a collection forgets the generation that serves",
+        garbage.find_garbage,
+        "kept = {current.pointer.generation, *served[:keep], *young}",
+        "kept = set(young)",
+    ),
+    Mutant(
+        "a collection whose reply was lost gives up its list",
+        garbage.delete_garbage,
+        "if now is None or now.doomed != path:",
+        "if True:",
+        survives="tests/index/test_lost_replies.py catches it",
+    ),
+    Mutant(
+        "a segment is named before its files are there",
+        segment_writer.build_segment,
+        "built = writer.finish(",
+        "files.storage.put(join_uri(files.index, marker), b'{}')\n        built = writer.finish(",
+        survives="a marker that cannot be read is not reused",
     ),
 )

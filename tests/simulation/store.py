@@ -216,6 +216,8 @@ class SimulatedDisk(LocalStore):
         self._files.write(unfinished, data)
 
         def rename() -> None:
+            if unfinished not in objects:
+                raise FileNotFoundError(unfinished)
             objects[uri] = objects.pop(unfinished)
 
         self._files.perform("write", uri, rename)
