@@ -121,8 +121,18 @@ def convert_column(name: str, array: pa.Array, kind: pa.DataType) -> pa.Array:
     changed = pc.and_(simple.is_valid(), pc.invert(_is_same(simple, back).fill_null(False)))
     if pc.any(changed).as_py():
         value = simple.filter(changed)[0]
-        raise UnfitValueError(name, f"it holds {value}, which the output's type {kind} cannot")
+        raise UnfitValueError(
+            name, f"it holds {_show(value)}, which the output's type {kind} cannot"
+        )
     return there
+
+
+def _show(value: pa.Scalar) -> str:
+    """Return a value for people; as a number where Python's dates do not reach that far."""
+    try:
+        return str(value)
+    except (OverflowError, ValueError):
+        return f"{value.value} of {value.type}"
 
 
 def _simplify(name: str, array: pa.Array) -> pa.Array:

@@ -134,6 +134,13 @@ def test_a_value_is_kept_exactly_or_refused_whatever_the_two_types(
         assert tell_meaning(converted) == tell_meaning(column)
 
 
+@pytest.mark.parametrize("unit", ["s", "ms", "us"])
+def test_a_moment_beyond_the_calendar_is_refused_with_its_number(unit: str):
+    far = pa.array([2**62], pa.timestamp(unit))
+    with pytest.raises(UnfitValueError, match=f"{2**62} of timestamp"):
+        convert_column("c", far, pa.date32())
+
+
 @settings(max_examples=150, deadline=None)
 @given(column=draw_column())
 def test_a_column_travels_as_plain_values_and_is_the_same_afterwards(column: pa.Array):
