@@ -129,8 +129,9 @@ def test_a_key_that_occurs_in_two_segments_is_refused_by_a_gate(
     before = read_current(uri, STORAGE)
     old = next(c for c in list_commits(corpus.output, STORAGE).values() if "000" in c.name)
     corpus.add_shard("shard-000.tar", draw_vectors(5, 32, seed=1))
-    # The first shard comes back to life beside the one that had superseded it.
-    write_commit(corpus.output, replace(old, sequence=99), STORAGE, replaces=old)
+    # The first shard comes back to life beside the one that had superseded it, as another object.
+    revived = replace(old, sequence=99, source="/pictures/other.tar")
+    write_commit(corpus.output, revived, STORAGE, replaces=old)
     with pytest.raises(PublishError, match=r"keys: the key 'shard-000.tar/00000"):
         build(corpus, uri)
     assert read_current(uri, STORAGE) == before

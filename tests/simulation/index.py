@@ -4,6 +4,7 @@ Wherever ``CURRENT`` points, its manifest and all the files that one needs have 
 were published, after every single operation.
 """
 
+import os
 import random
 import tempfile
 import warnings
@@ -34,7 +35,7 @@ from simulation.store import DISK, S3, Blob
 from simulation.world import FAULTS, FaultKind, Process, World
 
 DIM = 8
-CACHE = Path(tempfile.gettempdir()) / "simulated-index-cache"
+CACHE = Path(tempfile.gettempdir()) / f"simulated-index-cache-{os.getpid()}"
 COLLECT = {"collect_garbage": "delete", "keep_generations": 1, "min_age_hours": 0}
 
 JOBS: Mapping[str, Mapping[str, Any]] = {
