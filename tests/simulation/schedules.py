@@ -73,7 +73,7 @@ def play_crash(crash: Crash) -> World:
             world.start(name, lambda: embed(make_config(crash.place, **settings)), boot=boot)
         world.run()
         world.settle()
-        beside = crash.companion or crash.fault in ("pause", "late")
+        beside = crash.companion or crash.fault in ("pause", "late", "lost reply")
         if beside:  # each of two may have stopped for the other
             world.start("last", lambda: embed(make_config(crash.place, **settings)), boot=boot)
             world.run()
