@@ -227,6 +227,7 @@ def can_connect(url):
 
 
 def test_metrics_count_requests_by_route_and_never_by_key(http, service):
+    http.post("/v1/search", **search_body(3))
     http.get("/v1/items/photos/000.tar/00003.jpg")
     http.get("/v1/items/nobody")
     text = http.get("/metrics").text

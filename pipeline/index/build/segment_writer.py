@@ -3,6 +3,7 @@
 import tempfile
 import uuid
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -141,8 +142,8 @@ def build_segment(task: SegmentTask) -> BuiltSegment:
     if found is not None:
         return found
     set_threads(task.threads)
-    with tempfile.TemporaryDirectory(prefix="segment-") as scratch:
-        writer = _SegmentWriter(task, files, Path(scratch))
+    with tempfile.TemporaryDirectory(prefix="segment-") as scratch, ExitStack() as stack:
+        writer = _SegmentWriter(task, files, Path(scratch), stack)
         for block in iter_blocks(
             task.sources, embeddings=task.embeddings, files=files, dim=task.dim
         ):
@@ -164,12 +165,16 @@ class _Totals:
 
 
 class _SegmentWriter:
-    def __init__(self, task: SegmentTask, files: FileStore, scratch: Path) -> None:
-        self._task, self._scratch, self._files = task, scratch, files
+    """The files of a segment, which grow block by block; ``stack`` closes what is open."""
+
+    def __init__(
+        self, task: SegmentTask, files: FileStore, scratch: Path, stack: ExitStack
+    ) -> None:
+        self._task, self._scratch, self._files, self._stack = task, scratch, files, stack
         self._codec = open_codec(files, task.codec, task.dim)
         self._index = self._codec.make_index(packed=task.packed)
         self._truth = TruthBuilder(read_queries(files, task.queries, task.dim))
-        self._vectors = (scratch / "vectors.f16").open("wb")
+        self._vectors = stack.enter_context((scratch / "vectors.f16").open("wb"))
         self._keys: pq.ParquetWriter | None = None
         self._names: list[pa.ChunkedArray] = []
         self._totals = _Totals()
@@ -193,8 +198,8 @@ class _SegmentWriter:
     def _write_keys(self, keys: pa.Table) -> None:
         if self._keys is None:
             path = self._scratch / "keys.parquet"
-            self._keys = pq.ParquetWriter(
-                path, keys.schema, compression="zstd", write_page_checksum=True
+            self._keys = self._stack.enter_context(
+                pq.ParquetWriter(path, keys.schema, compression="zstd", write_page_checksum=True)
             )
         self._keys.write_table(keys, row_group_size=KEY_GROUP_ROWS)
         self._names.append(keys.column("key"))
