@@ -265,7 +265,6 @@ MUTANTS = (
         LocalStore.put_if,
         "if found != version and not (write_id in self._begun and found == written):",
         "if found != version:",
-        survives="the conflict it ends in is tolerated after a lost reply, until it is understood",
     ),
     Mutant(
         "a conditional write on a disk does not look",

@@ -73,10 +73,7 @@ def play_crash(crash: Crash) -> World:
             world.start(name, lambda: embed(make_config(crash.place, **settings)), boot=boot)
         world.run()
         world.settle()
-        # After a write whose reply was lost or cut short, a commit replaced on a disk may end in a
-        # conflict with itself; the next run goes on.
-        strays = ("pause", "late", "lost reply", "short")
-        beside = crash.companion or crash.fault in strays
+        beside = crash.companion or crash.fault in ("pause", "late")
         if beside:  # each of two may have stopped for the other
             world.start("last", lambda: embed(make_config(crash.place, **settings)), boot=boot)
             world.run()

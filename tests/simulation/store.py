@@ -232,10 +232,10 @@ class SimulatedDisk(LocalStore):
 
     def _find_content_version(self, uri: str) -> str | None:
         try:
-            data = self._files.fetch(uri, start=0, stop=None, version=None).data
+            with self.open(uri, None, buffer_bytes=0) as file:  # whole, as a disk's files are read
+                return self.conditional_version(file.read(), "")
         except FileNotFoundError:
             return None
-        return self.conditional_version(data, "")
 
 
 def lock_file(path: Path) -> SimulatedLock:
