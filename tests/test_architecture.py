@@ -44,6 +44,7 @@ DOORS = {
     "pydantic": {"pipeline.settings", "pipeline.service.*"},
     "timm": {"jobs.baselines.*", "pipeline.benchmark.*"},
     "torchvision": {"pipeline.images.gpu"},
+    "triton": {"pipeline.images.ragged_triton"},
     "simplejpeg": {"pipeline.images.jpeg"},
 }
 
