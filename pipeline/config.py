@@ -28,6 +28,7 @@ from pipeline.settings import (
 )
 
 IndexKind = Literal["auto", "flat", "rabitq", "ivf-rabitq", "ivf-sq8", "hnsw"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Cosine = Annotated[float, require(lambda x: 0 < x <= 1, "use a cosine above 0, up to 1")]
 Neighbours = Annotated[int, require(lambda k: 1 <= k <= 10_000, "ask for 1 to 10000 neighbours")]
 Port = Annotated[int, require(lambda n: 0 <= n <= 65535, "use 1 to 65535, or 0 for any free one")]
@@ -67,8 +68,8 @@ class EmbedConfig:
     """pretrained (from the hub), a path or URI of a checkpoint, or random:<seed>."""
     image_size: ImageSize = "train"
     """train, test, or a number of pixels."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the forward pass."""
+    precision: Precision = "fp32"
+    """Arithmetic of the forward pass; tf32 and fp16 need a GPU."""
     engine: Literal["torch", "torch-compile", "openvino"] = "torch"
     """What computes the forward pass; compiling takes a minute, openvino needs its extra."""
     decode: Literal["exact", "fast", "gpu"] = "exact"
@@ -370,6 +371,7 @@ Measure = Literal[
     "memory",
     "index",
     "simulation",
+    "gpu",
 ]
 
 
@@ -385,7 +387,7 @@ class BenchmarkConfig:
     job with faster decoding and with a decode stage; overlap: an actor beside a device that needs
     no CPU; scaling: the job with other numbers of actors and images; memory: the job over inputs
     hard on memory; index: indexes of synthetic vectors; simulation: the driver on a large
-    cluster."""
+    cluster; gpu: bits, deviations and rates on one GPU, without Ray and FAISS."""
     input: tuple[str, ...] = ()
     """Prefixes, objects or folders to take images from; drawn photographs otherwise."""
     images: ManyImages = 512
@@ -398,7 +400,7 @@ class BenchmarkConfig:
     """pretrained, a path or URI of a checkpoint, or random:<seed>; no figure depends on it."""
     image_size: ImageSize = "train"
     """train, test, or a number of pixels."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     """Arithmetic of the forward pass."""
     decode: Literal["exact", "fast"] = "exact"
     """How images are decoded."""

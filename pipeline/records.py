@@ -103,7 +103,7 @@ class Space:
         std: Per-channel standard deviation, same scale.
         exif: ``"apply"`` turns the picture as its EXIF orientation says, ``"ignore"`` does not.
         decode: ``"exact"``, ``"fast"`` (JPEG draft scaling) or ``"gpu"``.
-        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``: arithmetic of the forward pass.
+        precision: Arithmetic of the forward pass: ``"fp32"``, ``"tf32"``, ``"bf16"``, ``"fp16"``.
         dim: Width of the embedding.
         versions: Versions of what the numbers depend on, e.g. ``{"pillow": "13.0.0"}``.
     """

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from torch import Tensor
 
 from pipeline.benchmark.commands import run_module
 from pipeline.benchmark.setting import Setting
@@ -87,7 +88,7 @@ class _Device:
     def allocate(self) -> Pixels:
         return np.zeros(self._shape, np.uint8)
 
-    def submit(self, pixels: Pixels) -> Callable[[], Forwarded]:
+    def submit(self, pixels: Pixels | Tensor) -> Callable[[], Forwarded]:
         return self._queue.submit(self._compute, len(pixels)).result
 
     def shrink(self, batch_size: int) -> None:

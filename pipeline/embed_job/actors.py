@@ -23,7 +23,7 @@ from pipeline.errors import AbortError, CredentialsError, SettingsError, Storage
 from pipeline.images.buffers import SharedBuffers
 from pipeline.images.decode import ImageLimits
 from pipeline.images.host import Crop
-from pipeline.inference.embedder import Embedder, EmbedderOptions, make_crop_maker
+from pipeline.inference.embedder import Embedder, EmbedderOptions, make_host_crop_maker
 from pipeline.inference.engines import EngineOptions, check_engine_options
 from pipeline.input.container import ReadOptions
 from pipeline.output.info import OutputInfo
@@ -76,7 +76,7 @@ class DecodeActor:
         space = settings.info.space
         options = replace(settings.embedder, device="cpu", decode_processes=1)
         buffers = SharedBuffers(options.batch_size, space.image_size)
-        self._crops = make_crop_maker(space, options, buffers)
+        self._crops = make_host_crop_maker(space, options, buffers)
         self._run_id = settings.run_id
 
     def __call__(self, batch: pa.Table) -> pa.Table:

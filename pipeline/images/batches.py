@@ -2,12 +2,14 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from pipeline.errors import RecordError
-from pipeline.images.buffers import Buffer, Pixels, SharedBuffers
+from pipeline.images.buffers import Buffer, SharedBuffers
 from pipeline.images.decode import image_digest
 from pipeline.images.decoder import GROUP_IMAGES, Outcome
 from pipeline.images.host import Crop
@@ -25,57 +27,67 @@ class Batch:
     """Crops that are ready for a forward pass, and images that failed beside them.
 
     Attributes:
-        buffer: Holds the crops, in its first rows.
+        buffer: Holds the crops, in its first rows; None where they lie on a GPU.
         members: Of each crop, the index of its record, and the outcome but for the vector.
         failed: Of each image without a crop, the same.
         seconds: CPU time to ``decode`` and to ``transform`` its images.
+        on_gpu: The crops as a tensor there, where a GPU has made them.
     """
 
-    buffer: Buffer
+    buffer: Buffer | None
     members: list[tuple[int, Embedding]] = field(default_factory=list)
     failed: list[tuple[int, Embedding]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: {"decode": 0.0, "transform": 0.0})
+    on_gpu: Any = None
 
     @property
-    def pixels(self) -> Pixels:
-        """The crops, uint8 (B, S, S, 3)."""
-        return self.buffer.pixels[: len(self.members)]
+    def pixels(self) -> Any:
+        """The crops, uint8 (B, S, S, 3): an array, or a tensor where they lie on a GPU."""
+        return self.on_gpu if self.buffer is None else self.buffer.pixels[: len(self.members)]
 
 
 def gather_batches(
     crops: Iterable[Crop | Embedding], buffers: SharedBuffers, batch_size: Callable[[], int]
 ) -> Iterator[Batch]:
     """Copy crops that were made elsewhere into batches."""
-    batch = Batch(buffers.take())
+    buffer = buffers.take()
+    batch = Batch(buffer)
     for index, crop in enumerate(crops):
         if not isinstance(crop, Crop):
             batch.failed.append((index, crop))
             continue
-        batch.buffer.pixels[len(batch.members)] = crop.pixels
+        buffer.pixels[len(batch.members)] = crop.pixels
         known = Embedding("ok", None, crop.width, crop.height, crop.digest)
         batch.members.append((index, known))
         batch.seconds["decode"] += crop.decode_s
         batch.seconds["transform"] += crop.transform_s
         if len(batch.members) >= batch_size():
             yield batch
-            batch = Batch(buffers.take())
+            buffer = buffers.take()
+            batch = Batch(buffer)
     yield batch
 
 
+@contextmanager
 def fill_batches(
     pool: DecodePool,
     buffers: SharedBuffers,
     records: Sequence[Record],
     batch_size: Callable[[], int],
-) -> Iterator[Batch]:
-    """Have a pool decode records straight into batches; yield these as they get ready.
+) -> Iterator[Iterator[Batch]]:
+    """Have a pool decode records straight into batches, from now on; yield these as they get ready.
 
     Whoever takes a batch gives its buffer back.
 
     Raises:
         ShortageError: This machine has no memory or no process left to decode with.
     """
-    return _Filling(pool, buffers, records, batch_size).run()
+    filling = _Filling(pool, buffers, records, batch_size)
+    try:
+        filling.start()
+        yield filling.run()
+    finally:
+        filling.abandon()
 
 
 def pass_on(record: Record) -> Embedding:
@@ -94,13 +106,14 @@ class _Open:
     """A batch that is being filled: the rows that are free, and those that are on their way."""
 
     batch: Batch
+    buffer: Buffer
     free: list[int]
     under_way: int = 0
     rows: list[int] = field(default_factory=list)
 
     def close(self) -> Batch:
         """Move the last crops into the rows that failed images left, so that there is no hole."""
-        rows, pixels = self.rows, self.batch.buffer.pixels
+        rows, pixels = self.rows, self.buffer.pixels
         holes = sorted(set(range(len(rows))) - set(rows))
         for position in [p for p, row in enumerate(rows) if row >= len(rows)]:
             hole = holes.pop()
@@ -131,20 +144,30 @@ class _Filling:
         self._open: dict[int, _Open] = {}
         self._call = Call()
 
+    def start(self) -> None:
+        """Have the pool begin."""
+        self._hand_out()
+
     def run(self) -> Iterator[Batch]:
         """Yield batches as they get ready."""
-        if self._unread and not self._todo:
+        if self._unread:
             yield Batch(self._buffers.take(), failed=self._unread)
-        try:
+        while self._open:
+            self._take_in()
             self._hand_out()
-            while self._open:
-                self._take_in()
+            for number in [n for n, item in self._open.items() if self._is_ready(item)]:
+                yield self._open.pop(number).close()
                 self._hand_out()
-                for number in [n for n, item in self._open.items() if self._is_ready(item)]:
-                    yield self._open.pop(number).close()
-                    self._hand_out()
-        finally:
-            self._abandon()
+
+    def abandon(self) -> None:
+        """Give back the buffers of batches that nobody wants, once no process writes to them."""
+        self._call.cancelled = True
+        for item in self._open.values():
+            while item.under_way:
+                jobs, _ = self._call.replies.get()
+                self._open[jobs[0].place[0]].under_way -= len(jobs)
+            self._buffers.give_back(item.buffer)
+        self._open.clear()
 
     def _is_ready(self, item: _Open) -> bool:
         return not item.under_way and not (item.free and self._todo)
@@ -162,14 +185,15 @@ class _Filling:
             item.under_way += len(jobs)
 
     def _open_batch(self) -> _Open:
-        batch = Batch(self._buffers.take(), failed=self._unread)
+        buffer = self._buffers.take()
+        batch = Batch(buffer, failed=self._unread)
         self._unread = []
         rows = list(range(self._batch_size()))[::-1]
-        item = self._open[batch.buffer.number] = _Open(batch, rows)
+        item = self._open[buffer.number] = _Open(batch, buffer, rows)
         return item
 
     def _make_group(self, item: _Open) -> list[Job]:
-        share = len(item.batch.buffer.pixels) // self._pool.processes  # each costs the lock once
+        share = len(item.buffer.pixels) // self._pool.processes  # each costs the lock once
         most = max(1, min(share, GROUP_IMAGES, len(item.free)))
         jobs: list[Job] = []
         nbytes = 0
@@ -177,7 +201,7 @@ class _Filling:
             index = self._todo.popleft()
             record = self._records[index]
             nbytes += len(record.data)
-            place = (item.batch.buffer.number, item.free.pop())
+            place = (item.buffer.number, item.free.pop())
             jobs.append(Job(index, record.key, record.data, place))
         return jobs
 
@@ -202,13 +226,3 @@ class _Filling:
         item.rows.append(job.place[1])
         item.batch.seconds["decode"] += outcome.decode_s
         item.batch.seconds["transform"] += outcome.transform_s
-
-    def _abandon(self) -> None:
-        """Give back the buffers of batches that nobody wants, once no process writes to them."""
-        self._call.cancelled = True
-        for item in self._open.values():
-            while item.under_way:
-                jobs, _ = self._call.replies.get()
-                self._open[jobs[0].place[0]].under_way -= len(jobs)
-            self._buffers.give_back(item.batch.buffer)
-        self._open.clear()

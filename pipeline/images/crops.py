@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,10 +25,22 @@ from pipeline.records import Embedding, Record, Space
 
 
 class CropMaker(Protocol):
-    """Turns records into crops."""
+    """Turns records into batches of crops."""
 
-    def make(self, records: Sequence[Record]) -> Iterator[Crop | Embedding]:
-        """Yield a crop for each record in order, or what became of it instead."""
+    def make_batches(
+        self, records: Sequence[Record], batch_size: Callable[[], int]
+    ) -> Iterator[Batch]:
+        """Yield batches of crops as they get ready, in whatever order; in the end, of all records.
+
+        Whoever takes a batch gives its buffer back.
+
+        Args:
+            records: The images.
+            batch_size: Says how many crops a batch should have, at most as many as buffers hold.
+
+        Raises:
+            ShortageError: This machine has no memory or no process left to decode with.
+        """
         ...
 
     def close(self) -> None:
@@ -82,25 +95,24 @@ class HostCropMaker:
                 made[index] = crop
             for index, known in batch.failed:
                 made[index] = known
-            self._buffers.give_back(batch.buffer)
+            if batch.buffer is not None:
+                self._buffers.give_back(batch.buffer)
         return (item for item in made if item is not None)
 
     def make_batches(
         self, records: Sequence[Record], batch_size: Callable[[], int]
     ) -> Iterator[Batch]:
-        """Yield batches of crops as they get ready, in whatever order; in the end, of all records.
+        """See ``CropMaker``; the processes begin when the first batch is asked for."""
+        with self.start_batches(records, batch_size) as batches:
+            yield from batches
 
-        Whoever takes a batch gives its buffer back.
-
-        Args:
-            records: The images.
-            batch_size: Says how many crops a batch should have, at most as many as buffers hold.
-
-        Raises:
-            ShortageError: This machine has no memory or no process left to decode with.
-        """
+    def start_batches(
+        self, records: Sequence[Record], batch_size: Callable[[], int]
+    ) -> AbstractContextManager[Iterator[Batch]]:
+        """Let the processes begin at once; inside the context are the batches that follow."""
         if self._pool is None:
-            return gather_batches(self.make(records), self._buffers, batch_size)
+            batches = gather_batches(self.make(records), self._buffers, batch_size)
+            return nullcontext(batches)
         return fill_batches(self._pool, self._buffers, records, batch_size)
 
     def close(self) -> None:

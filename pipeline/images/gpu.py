@@ -1,31 +1,31 @@
 """JPEGs to crops on a GPU, for machines whose cores cannot feed it.
 
-torchvision decodes (nvJPEG) and PyTorch resizes; both round differently from Pillow, so
-``decode="gpu"`` makes a space of its own. Whatever is not an ordinary JPEG, or does not decode,
-goes to the host's decoder, which also says what is wrong with it.
+torchvision decodes (nvJPEG), which rounds differently from Pillow, so ``decode="gpu"`` makes a
+space of its own; ``ragged.py`` resizes, with Pillow's arithmetic. The crops stay on the GPU.
+Whatever is not an ordinary JPEG goes to the host's decode processes, which work meanwhile; what
+does not decode follows, and they say what is wrong with it.
 """
 
 import importlib.metadata
+import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from pipeline.errors import SettingsError
-from pipeline.images.crops import CropMaker, data_config_of
+from pipeline.images.batches import Batch
+from pipeline.images.crops import HostCropMaker, data_config_of
 from pipeline.images.decode import ImageHeader, ImageLimits, image_digest, read_header
-from pipeline.images.host import Crop
-from pipeline.images.resize import locate_crop
-from pipeline.images.turns import TURNS
+from pipeline.images.ragged import StoredPicture, resize_and_crop_batch
 from pipeline.records import Embedding, Record, Space
 
-_GROUP_IMAGES = 32
+_GROUP_PIXELS = 1 << 26  # decoded together; bounds the GPU's memory
 _MODES = ("RGB", "L")
-_MAX_ASPECT_RATIO = 16
+_DECODING = threading.Lock()  # two threads at once crash torchvision's decoder
 
 
 def find_gpu_decoder_version() -> str:
@@ -53,7 +53,9 @@ class GpuCropMaker:
         host: Makes the crops that this cannot.
     """
 
-    def __init__(self, space: Space, *, device: str, limits: ImageLimits, host: CropMaker) -> None:
+    def __init__(
+        self, space: Space, *, device: str, limits: ImageLimits, host: HostCropMaker
+    ) -> None:
         find_gpu_decoder_version()
         # it moves to another library; one filter, because catch_warnings is not thread-safe
         warnings.filterwarnings("ignore", "The image decoding", DeprecationWarning)
@@ -63,76 +65,96 @@ class GpuCropMaker:
         self._limits = limits
         self._host = host
 
-    def make(self, records: Sequence[Record]) -> Iterator[Crop | Embedding]:
-        """Yield a crop for each record in order, or what became of it instead."""
-        for start in range(0, len(records), _GROUP_IMAGES):
-            group = records[start : start + _GROUP_IMAGES]
-            headers = [self._find_jpeg(record) for record in group]
-            fitting = [(r, h) for r, h in zip(group, headers, strict=True) if h is not None]
-            made: Iterator[Crop | None] = iter(self._make_group(fitting))
-            crops = [None if header is None else next(made) for header in headers]
-            left = [r for r, crop in zip(group, crops, strict=True) if crop is None]
-            by_host = self._host.make(left)
-            yield from (next(by_host) if crop is None else crop for crop in crops)
+    def make_batches(
+        self, records: Sequence[Record], batch_size: Callable[[], int]
+    ) -> Iterator[Batch]:
+        """See ``CropMaker``; the batches of the GPU come first."""
+        headers = [self._find_jpeg(record) for record in records]
+        own = [i for i, header in enumerate(headers) if header is not None]
+        others = [i for i, header in enumerate(headers) if header is None]
+        failed: list[int] = []
+        with self._host.start_batches([records[i] for i in others], batch_size) as aside:
+            while own:
+                members, own = own[: batch_size()], own[batch_size() :]
+                items = [(records[i], h) for i in members if (h := headers[i]) is not None]
+                batch = self._make_batch(dict(zip(members, items, strict=True)))
+                failed += set(members).difference(index for index, _ in batch.members)
+                if batch.members:
+                    yield batch
+            yield from (_renumber(batch, others) for batch in aside)
+        for batch in self._host.make_batches([records[i] for i in failed], batch_size):
+            yield _renumber(batch, failed)
 
     def close(self) -> None:
-        """Let the host's threads end."""
+        """Let the host's processes end."""
         self._host.close()
 
     def _find_jpeg(self, record: Record) -> ImageHeader | None:
         header = read_header(record.data, limits=self._limits) if record.status == "ok" else None
-        if header is None or header.format != "JPEG" or header.mode not in _MODES:
-            return None
-        if max(header.size) > _MAX_ASPECT_RATIO * min(header.size):
-            return None  # the resized strip could fill the memory; the host makes the crop alone
-        return header
+        return header if header and header.format == "JPEG" and header.mode in _MODES else None
 
-    def _make_group(self, group: Sequence[tuple[Record, ImageHeader]]) -> list[Crop | None]:
-        if not group:
-            return []
-        start_s = time.perf_counter()
-        try:
-            pictures = self._decode([record.data for record, _ in group])
-        except RuntimeError:  # one of them is damaged, and the message does not say which
-            if len(group) == 1:
-                return [None]
-            return [crop for item in group for crop in self._make_group([item])]
-        decoded_s = time.perf_counter()
-        crops = [
-            self._cut(picture, header) for picture, (_, header) in zip(pictures, group, strict=True)
-        ]
-        pixels = torch.stack(crops).cpu().numpy()
-        done_s = time.perf_counter()
-        return [
-            Crop(
-                pixels[i],
-                *header.size,
-                digest=image_digest(record.data),
-                decode_s=(decoded_s - start_s) / len(group),
-                transform_s=(done_s - decoded_s) / len(group),
-            )
-            for i, (record, header) in enumerate(group)
-        ]
+    def _make_batch(self, items: dict[int, tuple[Record, ImageHeader]]) -> Batch:
+        """Make the crops of a batch; those that do not decode are not among its members."""
+        batch, crops = Batch(None), []
+        for group in _group_by_pixels(items):
+            start_s = time.thread_time()
+            pictures = self._decode([items[index][0].data for index in group])
+            decoded_s = time.thread_time()
+            found = {i: p for i, p in zip(group, pictures, strict=True) if p is not None}
+            if found:
+                crops.append(self._cut(list(found.values()), [items[i][1] for i in found]))
+            for index in found:
+                record, header = items[index]
+                known = Embedding("ok", None, *header.size, image_digest(record.data))
+                batch.members.append((index, known))
+            batch.seconds["decode"] += decoded_s - start_s
+            batch.seconds["transform"] += time.thread_time() - decoded_s
+        batch.on_gpu = torch.cat(crops) if crops else None
+        return batch
 
-    def _decode(self, images: Sequence[bytes | memoryview]) -> list[Tensor]:
-        """Return RGB pictures, uint8 (3, H, W), on the device."""
+    def _decode(self, images: Sequence[bytes | memoryview]) -> list[Tensor | None]:
+        """Return RGB pictures, uint8 (3, H, W), on the device; None of what does not decode."""
         from torchvision.io import ImageReadMode, decode_jpeg  # an optional dependency
 
         encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in images]
-        decoded: Any = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=self._device)
-        return list(decoded)
+        try:
+            with _DECODING:
+                decoded: Any = decode_jpeg(encoded, mode=ImageReadMode.RGB, device=self._device)
+            return list(decoded)
+        except RuntimeError:  # one of them is damaged, and the message does not say which
+            if len(images) == 1:
+                return [None]
+        half = len(images) // 2
+        return self._decode(images[:half]) + self._decode(images[half:])
 
-    def _cut(self, picture: Tensor, header: ImageHeader) -> Tensor:
-        """Turn a picture, uint8 (3, H, W), upright, resize it and return its crop, (S, S, 3)."""
-        turn = TURNS[header.orientation if self._upright else 1]
-        picture = picture.transpose(1, 2) if turn.transposed else picture
-        picture = picture.flip([2] * turn.mirrored + [1] * turn.flipped)
-        size = (picture.shape[2], picture.shape[1])
-        (width, height), (left, top, right, bottom) = locate_crop(size, self._data_config)
-        resized = F.interpolate(
-            picture[None].float(),
-            size=(height, width),
-            mode=self._data_config.interpolation,
-            antialias=True,
-        )[0, :, top:bottom, left:right]
-        return resized.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+    def _cut(self, pictures: Sequence[Tensor], headers: Sequence[ImageHeader]) -> Tensor:
+        """Turn pictures, uint8 (3, H, W), upright, resize them and return crops (B, S, S, 3)."""
+        stored, offset = [], 0
+        for picture, header in zip(pictures, headers, strict=True):
+            height, width = picture.shape[1:]
+            turn = header.orientation if self._upright else 1
+            stored.append(StoredPicture(offset, width, height, turn, planar=True))
+            offset += picture.numel()
+        samples = torch.cat([picture.reshape(-1) for picture in pictures])
+        return resize_and_crop_batch(samples, stored, self._data_config)
+
+
+def _group_by_pixels(items: dict[int, tuple[Record, ImageHeader]]) -> Iterator[list[int]]:
+    group: list[int] = []
+    pixels = 0
+    for index, (_, header) in items.items():
+        own = header.size[0] * header.size[1]
+        if group and pixels + own > _GROUP_PIXELS:
+            yield group
+            group, pixels = [], 0
+        group.append(index)
+        pixels += own
+    if group:
+        yield group
+
+
+def _renumber(batch: Batch, indices: Sequence[int]) -> Batch:
+    """Let a batch of some records say which of all they are."""
+    batch.members = [(indices[i], known) for i, known in batch.members]
+    batch.failed = [(indices[i], known) for i, known in batch.failed]
+    return batch

@@ -1,5 +1,6 @@
 """How far an engine's embeddings are from the reference's, measured on probes and bounded."""
 
+import copy
 import time
 from dataclasses import dataclass
 
@@ -12,8 +13,10 @@ from pipeline.images.resize import DataConfig
 from pipeline.inference.engines import Engine, EngineOptions, Network, Pixels
 
 _NUM_PROBES = 3
-LARGEST_DEVIATION = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.03}
-_SMALLEST_COSINE = {"fp32": 0.99999, "bf16": 0.99, "fp16": 0.999}
+# Of the five backbones resnetv2_50 is the furthest off on a GPU: 0.14 in bf16 and 0.02 in tf32, at
+# cosines of 0.996 and 0.99995. Other weights than those of the space: beyond 0.5, below 0.9.
+LARGEST_DEVIATION = {"fp32": 1e-3, "tf32": 0.06, "bf16": 0.3, "fp16": 0.06}
+_SMALLEST_COSINE = {"fp32": 0.99999, "tf32": 0.999, "bf16": 0.99, "fp16": 0.999}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +34,24 @@ class Deviation:
     seconds: float
 
 
-def measure_deviation(engine: Engine, backbone: nn.Module, data_config: DataConfig) -> Deviation:
+def measure_deviation(
+    engine: Engine, backbone: nn.Module, data_config: DataConfig, *, reference: str = "fp32"
+) -> Deviation:
     """Run a few synthetic pictures through an engine and through the backbone it was made from.
 
     Args:
         engine: The engine.
         backbone: The backbone as it was created: float32, batch norms in place, on the CPU.
         data_config: Preprocessing of both.
+        reference: Precision of the backbone on the CPU; for ``"tf32"``, which no CPU has, fp16
+            stands in, whose fractions are as long.
     """
     start_s = time.perf_counter()
     pixels = draw_probes(data_config.image_size)[: engine.batch_size]
-    network = Network(backbone, data_config, precision="fp32", logits=False)
+    precision = "fp16" if reference == "tf32" else reference
+    if precision != "fp32":
+        pixels, backbone = pixels[:1], copy.deepcopy(backbone)  # the CPU is slow in it
+    network = Network(backbone, data_config, precision=precision, logits=False)
     with torch.no_grad():
         expected = network(torch.from_numpy(pixels))[0].numpy().astype(np.float64)
     found = engine.submit(pixels)().vectors.astype(np.float64)

@@ -35,6 +35,7 @@ from pipeline.inference.engines import (
     build_engine,
     pin_memory,
 )
+from pipeline.log import LOG
 from pipeline.records import Classes, Embedding, Record, Space
 from pipeline.storage import Storage
 
@@ -57,6 +58,8 @@ class EmbedderOptions:
         top_k_classes: Classes to return for each image; 0 for none.
         embedding_dtype: Type the vectors will be stored in; one that does not fit into it is
             ``non_finite``.
+        any_precision: On a CPU, compute in fp32 whatever the precision of the space, which suits
+            queries: a CPU has no tf32 or fp16, and is slow in bf16.
     """
 
     device: str = "cpu"
@@ -68,6 +71,7 @@ class EmbedderOptions:
     image_timeout_s: float = 30.0
     top_k_classes: int = 0
     embedding_dtype: str = "float32"
+    any_precision: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +89,21 @@ class EmbeddedBatch:
     seconds: dict[str, float]
 
 
-def make_crop_maker(space: Space, options: EmbedderOptions, buffers: SharedBuffers) -> CropMaker:
-    """Return what decodes for a space; without a GPU, Pillow stands in for a GPU's decoder."""
-    host = HostCropMaker(
+def make_host_crop_maker(
+    space: Space, options: EmbedderOptions, buffers: SharedBuffers
+) -> HostCropMaker:
+    """Return what decodes for a space on the CPU; Pillow stands in for a GPU's decoder."""
+    return HostCropMaker(
         recipe_of(space, options.limits),
         buffers,
         processes=options.decode_processes,
         timeout_s=options.image_timeout_s,
     )
+
+
+def make_crop_maker(space: Space, options: EmbedderOptions, buffers: SharedBuffers) -> CropMaker:
+    """Return what decodes for a space on the device of the options."""
+    host = make_host_crop_maker(space, options, buffers)
     if space.decode != "gpu" or options.device == "cpu":
         return host
     return GpuCropMaker(space, device=options.device, limits=options.limits, host=host)
@@ -126,17 +137,26 @@ def open_engine(
         )
     num_classes = None if options.top_k_classes else 0
     backbone = create_backbone(space.backbone, weights=loaded, num_classes=num_classes)
+    stand_in = options.any_precision and options.device == "cpu"
     engine_options = EngineOptions(
         name=options.engine,
         device=options.device,
-        precision=space.precision,
+        precision="fp32" if stand_in else space.precision,
         batch_size=options.batch_size,
         threads=options.torch_threads,
         logits=options.top_k_classes > 0,
     )
     engine = build_engine(backbone, data_config_of(space), engine_options)
-    deviation = measure_deviation(engine, backbone, data_config_of(space))
-    check_deviation(deviation, engine_options, space.backbone)
+    reference = space.precision if stand_in else "fp32"
+    deviation = measure_deviation(engine, backbone, data_config_of(space), reference=reference)
+    allowed = replace(engine_options, precision=space.precision)
+    check_deviation(deviation, allowed, space.backbone)
+    if stand_in and space.precision != "fp32":
+        LOG.info(
+            "embedding in fp32 for a space of %s: smallest cosine to it %.6f",
+            space.precision,
+            deviation.cosine,
+        )
     return engine, deviation
 
 
@@ -201,9 +221,7 @@ class Embedder:
         Raises:
             ShortageError: This machine has no memory or no process left to decode with.
         """
-        if isinstance(self._crops, HostCropMaker):
-            return self._embed_batches(self._crops.make_batches(records, self._count_rows))
-        return self.embed_crops(self._crops.make(records))
+        return self._embed_batches(self._crops.make_batches(records, self._count_rows))
 
     def embed_crops(self, crops: Iterable[Crop | Embedding]) -> EmbeddedBatch:
         """Embed crops that were made before; what failed already is passed on in its place."""
@@ -228,7 +246,7 @@ class Embedder:
             try:
                 started.append(self._start(batch))
             except BaseException:
-                self._buffers.give_back(batch.buffer)
+                self._give_back(batch)
                 raise
             while len(started) > self.engine.depth:
                 self._collect(started.popleft(), outcomes, seconds)
@@ -284,7 +302,11 @@ class Embedder:
             described = self._describe(started.batch, forwarded)
             for (index, _), outcome in zip(started.batch.members, described, strict=True):
                 outcomes[index] = outcome
-        self._buffers.give_back(started.batch.buffer)
+        self._give_back(started.batch)
+
+    def _give_back(self, batch: Batch) -> None:
+        if batch.buffer is not None:
+            self._buffers.give_back(batch.buffer)
 
     def _describe(self, batch: Batch, forwarded: Forwarded) -> Iterator[Embedding]:
         classes = self._pick_classes(forwarded.logits)

@@ -21,7 +21,15 @@ from pipeline.backbones import optimize_for_inference
 from pipeline.errors import SettingsError
 from pipeline.images.resize import DataConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,  # whose products a GPU computes from 10 of its 23 fractional bits
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+_GPU_PRECISIONS = ("tf32", "fp16")
+_CAPTURE_AFTER = 3  # passes in which PyTorch chooses kernels, compiles, and fills its caches
 
 EngineName = Literal["torch", "torch-compile", "openvino"]
 Pixels = NDArray[np.uint8]
@@ -34,7 +42,7 @@ class EngineOptions:
     Attributes:
         name: Which engine.
         device: Torch device; engines other than ``"torch"`` and ``"torch-compile"`` need the CPU.
-        precision: Arithmetic of the forward pass, ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        precision: Arithmetic of the forward pass, a key of ``DTYPES``.
         batch_size: Most images in one forward pass.
         threads: Threads of a forward pass on the CPU; None leaves torch's setting alone.
         logits: Whether the classifier's logits are wanted as well.
@@ -97,8 +105,11 @@ class Engine(Protocol):
         """Return a buffer for one batch, uint8 (batch_size, S, S, 3), from which it is fast."""
         ...
 
-    def submit(self, pixels: Pixels) -> Callable[[], Forwarded]:
+    def submit(self, pixels: Pixels | Tensor) -> Callable[[], Forwarded]:
         """Start on crops, uint8 RGB (B, S, S, 3), B up to ``batch_size``.
+
+        Args:
+            pixels: An array; for a GPU also a tensor that lies there already.
 
         Returns:
             A call that waits for the outcome. ``pixels`` must not change before it returns.
@@ -194,8 +205,10 @@ def check_engine_options(options: EngineOptions) -> None:
     Raises:
         SettingsError: The engine cannot do the device or the precision.
     """
-    if options.precision == "fp16" and options.on_cpu:
-        raise SettingsError("precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
+    if options.precision in _GPU_PRECISIONS and options.on_cpu:
+        raise SettingsError(
+            f"precision {options.precision} needs a GPU; use bf16 or fp32 on the CPU"
+        )
     if options.name == "openvino" and not options.on_cpu:
         raise SettingsError("engine openvino runs on the CPU only; use torch-compile on a GPU")
     if options.name == "openvino" and options.precision != "fp32":
@@ -221,8 +234,9 @@ class CpuEngine:
         """Return a zeroed buffer for one batch."""
         return np.zeros((self.batch_size, self._image_size, self._image_size, 3), np.uint8)
 
-    def submit(self, pixels: Pixels) -> Callable[[], Forwarded]:
+    def submit(self, pixels: Pixels | Tensor) -> Callable[[], Forwarded]:
         """Compute at once; the call that is returned hands out the outcome."""
+        pixels = np.asarray(pixels)
         clock_s = _pick_clock(torch.get_num_threads())
         start_s = clock_s()
         with torch.no_grad():
@@ -279,8 +293,9 @@ class OpenVinoEngine:
         """Return a zeroed buffer for one batch."""
         return np.zeros((self.batch_size, self._image_size, self._image_size, 3), np.uint8)
 
-    def submit(self, pixels: Pixels) -> Callable[[], Forwarded]:
+    def submit(self, pixels: Pixels | Tensor) -> Callable[[], Forwarded]:
         """Compute at once; the call that is returned hands out the outcome."""
+        pixels = np.asarray(pixels)
         clock_s = _pick_clock(self._threads)
         start_s = clock_s()
         found = self._request.infer([fill_up(pixels, self._compiled_size)], share_inputs=True)
@@ -307,8 +322,9 @@ def _import_openvino() -> Any:
 class GpuEngine:
     """PyTorch on a GPU. Copies overlap with computing; nothing waits until the outcome is asked.
 
-    Batches always have the full shape, so that compiled code, the choice of kernels and the
-    allocator see one size. Float32 is float32: the shorter TF32 stays off.
+    The pass over a full batch is recorded once as a CUDA graph, which one call of the CPU starts:
+    without that the CPU is busy with a pass for nearly as long as the GPU. Short batches run as
+    full ones, whose other results are cut off. In fp32 the shorter TF32 stays off.
     """
 
     depth = 1
@@ -318,35 +334,41 @@ class GpuEngine:
         self._image_size = image_size
         self._device = torch.device(options.device)
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = options.precision == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = options.precision == "tf32"
         self._call: Callable[[Tensor], tuple[Tensor, ...]] = network.to(self._device)
         if options.name == "torch-compile":
             self._call = torch.compile(self._call, dynamic=False)
         self._copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._recorded: _Recorded | None = None
 
     def allocate(self) -> Pixels:
         """Return a zeroed buffer for one batch, in pinned memory."""
-        shape = (self.batch_size, self._image_size, self._image_size, 3)
-        buffer: Pixels = torch.zeros(shape, dtype=torch.uint8, pin_memory=True).numpy()
+        buffer: Pixels = torch.zeros(self._shape, dtype=torch.uint8, pin_memory=True).numpy()
         return buffer
 
-    def submit(self, pixels: Pixels) -> Callable[[], Forwarded]:
-        """Queue the copy to the GPU, the pass, and the copies back."""
+    def submit(self, pixels: Pixels | Tensor) -> Callable[[], Forwarded]:
+        """Queue the copy to the GPU where one is needed, the pass, and the copies back."""
+        if self._recorded is None:
+            self._recorded = self._record()
+        recorded, num = self._recorded, len(pixels)
         computing = torch.cuda.current_stream(self._device)
-        host = torch.from_numpy(fill_up(pixels, self.batch_size))
-        with torch.cuda.stream(self._copies):
-            marks = [_mark(self._copies)]
-            batch = host.to(self._device, non_blocking=True)
-            marks.append(_mark(self._copies))
-        computing.wait_stream(self._copies)
-        batch.record_stream(computing)
+        if isinstance(pixels, Tensor):
+            batch, marks = pixels, [_mark(computing)] * 2
+        else:
+            with torch.cuda.stream(self._copies):
+                marks = [_mark(self._copies)]
+                batch = torch.from_numpy(pixels).to(self._device, non_blocking=True)
+                marks.append(_mark(self._copies))
+            computing.wait_stream(self._copies)
+            batch.record_stream(computing)
         marks.append(_mark(computing))
-        with torch.no_grad():
-            outputs = self._call(batch)
+        recorded.crops[:num].copy_(batch)
+        recorded.graph.replay()
         marks.append(_mark(computing))
-        results = [torch.empty(o.shape, dtype=o.dtype, pin_memory=True) for o in outputs]
-        for result, output in zip(results, outputs, strict=True):
-            result.copy_(output, non_blocking=True)
+        results = [torch.empty((num, o.shape[1]), pin_memory=True) for o in recorded.outputs]
+        for result, output in zip(results, recorded.outputs, strict=True):
+            result.copy_(output[:num], non_blocking=True)
         marks.append(_mark(computing))
 
         def wait() -> Forwarded:
@@ -354,20 +376,56 @@ class GpuEngine:
             sent_s, _, computed_s, fetched_s = (
                 earlier.elapsed_time(later) / 1e3 for earlier, later in pairwise(marks)
             )
-            arrays = [result.numpy()[: len(pixels)] for result in results]
+            arrays = [result.numpy() for result in results]
             transfer_s = sent_s + fetched_s
             return Forwarded(*_to_pair(arrays), seconds=computed_s, transfer_s=transfer_s)
 
         return wait
 
     def shrink(self, batch_size: int) -> None:
-        """Go on with smaller batches; compiled code is compiled again for them."""
+        """Go on with smaller batches; the pass is compiled and recorded again for them."""
         self.batch_size = batch_size
+        self._recorded = None
         torch.cuda.empty_cache()
+
+    @property
+    def _shape(self) -> tuple[int, int, int, int]:
+        return self.batch_size, self._image_size, self._image_size, 3
+
+    def _record(self) -> "_Recorded":
+        crops = torch.zeros(self._shape, dtype=torch.uint8, device=self._device)
+        beside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        beside.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.no_grad(), torch.cuda.stream(beside):
+            for _ in range(_CAPTURE_AFTER):
+                self._call(crops)
+        torch.cuda.current_stream(self._device).wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        # another thread may use the GPU meanwhile
+        capture = torch.cuda.graph(graph, stream=beside, capture_error_mode="thread_local")
+        with torch.no_grad(), capture:
+            outputs = self._call(crops)
+        return _Recorded(graph, crops, outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """The pass over a full batch, with the memory that it reads and writes.
+
+    Attributes:
+        graph: The pass.
+        crops: Its input, uint8 (B, S, S, 3).
+        outputs: Its results, float32 (B, …).
+    """
+
+    graph: torch.cuda.CUDAGraph
+    crops: Tensor
+    outputs: tuple[Tensor, ...]
 
 
 def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    """Note when a stream gets here; whoever waits for that leaves the core to others."""
+    event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
     event.record(stream)
     return event
 

@@ -231,6 +231,7 @@ def open_embedder(config: ServeConfig, info: IndexInfo, storage: Storage) -> "Em
         device="cuda" if torch.cuda.is_available() else "cpu",
         limits=_make_image_limits(config),
         image_timeout_s=config.request_timeout_s,
+        any_precision=True,
         top_k_classes=config.top_k_classes,
     )
     return Embedder.load(info.space, weights=weights, options=options, storage=storage)

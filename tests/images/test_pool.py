@@ -492,6 +492,20 @@ def test_a_call_that_nobody_reads_to_its_end_gives_its_buffers_back(make_maker: 
     assert list_statuses(maker, GOOD) == ["ok"] * 6
 
 
+def test_processes_begin_before_the_first_batch_is_asked_for(
+    make_maker: Make, tmp_path: Path
+) -> None:
+    maker, begun = make_maker(1), tmp_path / "begun"
+    records = make_records([GOOD[0], make_fault(f"open({str(begun)!r}, 'w').close()")])
+    deadline_s = time.monotonic() + 20
+    with maker.start_batches(records, lambda: 8) as batches:
+        while not begun.exists():
+            assert time.monotonic() < deadline_s, "nothing began"
+            os.sched_yield()
+        for batch in batches:
+            maker._buffers.give_back(batch.buffer)
+
+
 def test_memory_is_bounded_by_the_batches_under_way(make_maker: Make) -> None:
     maker = make_maker(2, batch_size=2)
     for batch in maker.make_batches(make_records(GOOD * 20), lambda: 2):

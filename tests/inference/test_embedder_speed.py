@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,9 +25,16 @@ from pipeline.images.buffers import SharedBuffers
 from pipeline.images.crops import HostCropMaker, recipe_of
 from pipeline.images.decode import ImageLimits
 from pipeline.images.gpu import GpuCropMaker, find_gpu_decoder_version
+from pipeline.images.host import Crop
 from pipeline.inference.deviation import LARGEST_DEVIATION
-from pipeline.inference.embedder import Embedder, EmbedderOptions, open_engine
+from pipeline.inference.embedder import (
+    Embedder,
+    EmbedderOptions,
+    make_host_crop_maker,
+    open_engine,
+)
 from pipeline.inference.engines import Engine, Forwarded, Pixels, warm_up
+from pipeline.log import LOG
 from pipeline.records import Chunk, Embedding, Record, Shard, Space
 from pipeline.storage import Storage
 
@@ -202,7 +210,18 @@ def gpu_crops(space: Space) -> GpuCropMaker:
     return GpuCropMaker(space, device="cpu", limits=LIMITS, host=make_host(space))
 
 
-def test_gpu_crops_are_close_to_the_host_s(gpu_crops: GpuCropMaker, space: Space):
+def gather(crops: GpuCropMaker, records: list[Record]) -> dict[int, tuple[Any, Embedding]]:
+    """Return crop and outcome of each record by its index; crops of those that failed are None."""
+    found: dict[int, tuple[Any, Embedding]] = {}
+    for batch in crops.make_batches(records, lambda: 3):
+        assert len(batch.members) <= 3
+        for pixels, (index, known) in zip(batch.pixels, batch.members, strict=True):
+            found[index] = np.asarray(pixels).copy(), known
+        found |= {index: (None, known) for index, known in batch.failed}
+    return found
+
+
+def test_gpu_crops_have_the_bits_of_the_host_s(gpu_crops: GpuCropMaker, space: Space):
     images = []
     for orientation in range(1, 9):
         exif = Image.Exif()
@@ -210,18 +229,31 @@ def test_gpu_crops_are_close_to_the_host_s(gpu_crops: GpuCropMaker, space: Space
         images.append(encode(make_picture(orientation, (160, 120)), exif=exif.tobytes()))
     images.append(encode(make_picture(9).convert("L")))
     records = make_records(images)
-    pairs = zip(gpu_crops.make(records), make_host(space).make(records), strict=True)
-    for ours, host in pairs:
-        assert (ours.width, ours.height, ours.digest) == (host.width, host.height, host.digest)
-        assert np.abs(ours.pixels.astype(int) - host.pixels).max() <= 4
+    ours = gather(gpu_crops, records)
+    for index, host in enumerate(make_host(space).make(records)):
+        pixels, known = ours[index]
+        assert (known.width, known.height, known.digest) == (host.width, host.height, host.digest)
+        np.testing.assert_array_equal(pixels, host.pixels)
 
 
-def test_gpu_crops_give_nearly_the_same_embeddings(gpu_crops: GpuCropMaker, embedder: Embedder):
-    records = make_records([make_jpeg(seed, (200, 150)) for seed in range(6)])
-    ours = stack(embedder.embed_crops(gpu_crops.make(records)).embeddings)
-    exact = stack(embedder.embed(records).embeddings)
-    cosines = (ours * exact).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(exact, axis=1)
-    assert cosines.min() > 0.99
+def test_gpu_crops_give_the_embeddings_of_equal_crops(
+    space: Space, weights: Path, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("torchvision")
+
+    def make(space: Space, options: EmbedderOptions, buffers: SharedBuffers) -> GpuCropMaker:
+        host = make_host_crop_maker(space, options, buffers)
+        return GpuCropMaker(space, device="cpu", limits=LIMITS, host=host)
+
+    monkeypatch.setattr("pipeline.inference.embedder.make_crop_maker", make)
+    records = make_records(
+        [*(make_jpeg(seed, (200, 150)) for seed in range(6)), encode(make_picture(7), "PNG"), b""]
+    )
+    other = Embedder.load(space, weights=str(weights), options=EmbedderOptions(batch_size=4))
+    ours, exact = other.embed(records).embeddings, embedder.embed(records).embeddings
+    other.close()
+    assert [one.status for one in ours] == [one.status for one in exact]
+    np.testing.assert_allclose(stack(ours[:7]), stack(exact[:7]), rtol=1e-4, atol=1e-5)
 
 
 def test_what_a_gpu_cannot_decode_goes_to_the_host_in_its_place(
@@ -235,12 +267,14 @@ def test_what_a_gpu_cannot_decode_goes_to_the_host_in_its_place(
         make_jpeg(6, (3000, 2000)),
     ]
     records = [*make_records(images), broken]
-    found = list(gpu_crops.make(records))
-    host = list(make_host(space).make(records))
-    assert [type(item) for item in found] == [type(item) for item in host]
-    for index in (1, 5, 6):
-        np.testing.assert_array_equal(found[index].pixels, host[index].pixels)
-    assert [found[i].status for i in (2, 3, 4, 8, 9)] == [host[i].status for i in (2, 3, 4, 8, 9)]
+    found = gather(gpu_crops, records)
+    assert sorted(found) == list(range(len(records)))
+    for index, host in enumerate(make_host(space).make(records)):
+        pixels, known = found[index]
+        if isinstance(host, Crop):
+            np.testing.assert_array_equal(pixels, host.pixels)
+        else:
+            assert (known.status, known.error) == (host.status, host.error)
 
 
 def test_a_missing_gpu_decoder_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch):
@@ -259,6 +293,31 @@ def test_without_a_gpu_a_lookup_in_a_gpu_decoded_space_decodes_with_pillow(
     found, exact = lookup.embed_images([make_jpeg()]), embedder.embed_images([make_jpeg()])
     np.testing.assert_allclose(found[0].vector, exact[0].vector, rtol=1e-3, atol=1e-4)
     lookup.close()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "fp16"])
+def test_a_query_to_a_space_of_any_precision_is_embedded_without_a_gpu(
+    space: Space,
+    weights: Path,
+    embedder: Embedder,
+    precision: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    other = replace(space, precision=precision)
+    options = EmbedderOptions(any_precision=True)
+    monkeypatch.setattr(LOG, "propagate", True)
+    with caplog.at_level("INFO", LOG.name):
+        lookup = Embedder.load(other, weights=str(weights), options=options)
+    found, exact = lookup.embed_images([make_jpeg()]), embedder.embed_images([make_jpeg()])
+    lookup.close()
+    np.testing.assert_allclose(found[0].vector, exact[0].vector, rtol=1e-3, atol=1e-4)
+    assert lookup.deviation is not None
+    assert 0 < lookup.deviation.largest <= LARGEST_DEVIATION[precision]
+    assert f"embedding in fp32 for a space of {precision}: smallest cosine" in caplog.text
+    if precision != "bf16":
+        with pytest.raises(SettingsError, match=f"precision {precision} needs a GPU"):
+            Embedder.load(other, weights=str(weights))
 
 
 def test_crops_that_travelled_give_the_same_embeddings(space: Space, embedder: Embedder):

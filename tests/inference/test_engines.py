@@ -13,6 +13,7 @@ from pipeline.images.resize import DataConfig
 from pipeline.images.transforms import normalise, resolve_data_config
 from pipeline.inference.deviation import Deviation, check_deviation, draw_probes, measure_deviation
 from pipeline.inference.engines import (
+    DTYPES,
     CpuEngine,
     Engine,
     EngineOptions,
@@ -165,14 +166,35 @@ def test_a_deviation_beyond_the_bound_is_refused(largest: float, cosine: float) 
         check_deviation(Deviation(largest, cosine, 0.0), EngineOptions(), MODEL)
 
 
-def test_bf16_is_allowed_what_its_eight_bits_explain() -> None:
-    check_deviation(Deviation(0.02, 0.9995, 0.0), EngineOptions(precision="bf16"), MODEL)
+@pytest.mark.parametrize(
+    ("precision", "largest", "cosine"),
+    [("bf16", 0.14, 0.99634), ("tf32", 0.018, 0.99996), ("fp16", 0.024, 0.999896)],
+)
+def test_a_precision_is_allowed_what_its_bits_explain(
+    precision: str, largest: float, cosine: float
+) -> None:
+    """The figures are resnetv2_50's on an H200."""
+    check_deviation(Deviation(largest, cosine, 0.0), EngineOptions(precision=precision), MODEL)
+
+
+@pytest.mark.parametrize("precision", list(DTYPES))
+def test_other_weights_are_refused_in_every_precision(
+    precision: str, data_config: DataConfig
+) -> None:
+    engine = build_engine(
+        create_backbone(MODEL, weights="random:1", num_classes=0), data_config, EngineOptions()
+    )
+    own = create_backbone(MODEL, weights="random:0", num_classes=0)
+    deviation = measure_deviation(engine, own, data_config)
+    with pytest.raises(SettingsError, match="Use --engine torch or --precision fp32"):
+        check_deviation(deviation, EngineOptions(precision=precision), MODEL)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (EngineOptions(precision="fp16"), "precision fp16 needs a GPU"),
+        (EngineOptions(precision="tf32"), "precision tf32 needs a GPU; use bf16 or fp32"),
         (EngineOptions("openvino", "cuda"), "openvino runs on the CPU only"),
         (EngineOptions("openvino", precision="bf16"), "openvino computes in fp32, not bf16"),
     ],

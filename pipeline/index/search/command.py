@@ -238,7 +238,7 @@ def embed_query(data: bytes, name: str, *, info: IndexInfo, storage: Storage) ->
         EmbedderOptions,
     )
 
-    options = EmbedderOptions(decode_processes=0)
+    options = EmbedderOptions(decode_processes=0, any_precision=True)
     embedder = Embedder.load(info.space, weights=info.weights, options=options, storage=storage)
     [embedding] = embedder.embed_images([data])
     embedder.close()
