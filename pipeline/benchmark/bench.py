@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pipeline.backbones import list_backbones
+from pipeline.benchmark.contenders import start_timm_forward, start_worker
 from pipeline.benchmark.drift import measure_drift
 from pipeline.benchmark.findings import (
     BenchmarkReport,
@@ -23,15 +24,15 @@ from pipeline.benchmark.findings import (
     compare,
     find_impossible,
 )
-from pipeline.benchmark.overlap import profile_overlap
+from pipeline.benchmark.gpu import check_gpu, measure_gpu
 from pipeline.benchmark.programs import measure_programs
 from pipeline.benchmark.rounds import Contender, Rate, summarise, take_turns
 from pipeline.benchmark.samples import collect_images, draw_photograph, write_samples
 from pipeline.benchmark.scaling import measure_scaling
-from pipeline.benchmark.setting import JOBS, Setting, count_cores, has_timm, prepare_setting
+from pipeline.benchmark.setting import Setting, count_cores, has_timm, prepare_setting
 from pipeline.benchmark.tables import MEASURES, measure_tables
 from pipeline.config import BenchmarkConfig, StorageOptions
-from pipeline.inference.engines import DTYPES, EngineOptions
+from pipeline.inference.engines import EngineOptions
 from pipeline.log import LOG
 from pipeline.storage import Storage
 
@@ -48,6 +49,8 @@ def benchmark(config: BenchmarkConfig) -> BenchmarkReport:
         SettingsError: The settings are wrong.
         AbortError: Something that was measured failed.
     """
+    if "gpu" in config.measure:
+        check_gpu()
     with _make_folder(config.work_dir) as folder:
         models = _measure_models(config, folder) if set(config.measure) - set(MEASURES) else {}
         tables = measure_tables(config, folder)
@@ -102,9 +105,13 @@ def _measure(setting: Setting) -> ModelFindings:
     )
     tables: dict[str, list[Row]] = {}
     if "overlap" in wanted:
+        from pipeline.benchmark.overlap import profile_overlap  # needs Ray
+
         tables["One actor beside a device of its speed"] = [profile_overlap(setting)]
     if {"host", "decode"} <= set(wanted):
         tables["Embeddings of decode fast beside those of exact"] = [measure_drift(setting)]
+    if "gpu" in wanted:
+        tables |= measure_gpu(setting)
     if "scaling" in wanted:
         tables["Scaling"] = [asdict(row) for row in measure_scaling(setting)]
     return ModelFindings(rates, ratios, advice, tables)
@@ -129,64 +136,34 @@ def _list_forward_contenders(setting: Setting) -> dict[str, Contender]:
             threads=1,
         )
         name = f"forward:{engine}"
-        contenders[name] = _start_worker("forward", setting, engine=asdict(options))
+        contenders[name] = start_worker("forward", setting, engine=asdict(options))
         if setting.device == "cpu" and engine == config.engine[0]:
-            contenders[f"{name}-all"] = _start_worker(
+            contenders[f"{name}-all"] = start_worker(
                 "forward", setting, processes=setting.cores, engine=asdict(options)
             )
-    contenders["arithmetic"] = _start_worker("arithmetic", setting, engine=asdict(options))
+    contenders["arithmetic"] = start_worker("arithmetic", setting, engine=asdict(options))
     if has_timm():
-        contenders["timm-forward"] = _start_timm_forward(setting, form="eager")
+        contenders["timm-forward"] = start_timm_forward(setting, form="eager")
         if setting.device != "cpu" or "torch-compile" in config.engine:
-            contenders["timm-compiled"] = _start_timm_forward(setting, form="compiled")
+            contenders["timm-compiled"] = start_timm_forward(setting, form="compiled")
         if "openvino" in config.engine:
-            contenders["timm-openvino"] = _start_timm_forward(setting, form="openvino")
+            contenders["timm-openvino"] = start_timm_forward(setting, form="openvino")
     return contenders
 
 
 def _list_host_contenders(setting: Setting) -> dict[str, Contender]:
     large = write_samples([draw_photograph(0, _LARGE_SIZE)], 2, setting.large, per_shard=2)
     sizes = {"": setting.short, "-large": large}
-    contenders = {"host-all": _start_worker("host", setting, processes=setting.cores)}
+    contenders = {"host-all": start_worker("host", setting, processes=setting.cores)}
     for suffix, samples in sizes.items():
         spec = asdict(samples)
-        contenders[f"host{suffix}"] = _start_worker("host", setting, **spec)
-        contenders[f"pillow{suffix}"] = _start_worker("pillow", setting, **spec)
+        contenders[f"host{suffix}"] = start_worker("host", setting, **spec)
+        contenders[f"pillow{suffix}"] = start_worker("pillow", setting, **spec)
         if "decode" in setting.config.measure:
-            contenders[f"host{suffix}-fast"] = _start_worker(
+            contenders[f"host{suffix}-fast"] = start_worker(
                 "host", setting, **spec | {"decode": "fast"}
             )
     return contenders
-
-
-def _start_worker(kind: str, setting: Setting, *, processes: int = 1, **changed: Any) -> Contender:
-    spec = {
-        "model": setting.model,
-        "weights": setting.weights,
-        "data_config": asdict(setting.data_config),
-        "decode": setting.config.decode,
-        "exif": "apply",
-        "images": setting.short.images,
-        "shards": setting.short.shards,
-        "files": setting.short.files,
-    } | changed
-    command = ["-m", "pipeline.benchmark.worker", kind, json.dumps(spec)]
-    return Contender(command, processes=processes)
-
-
-def _start_timm_forward(setting: Setting, *, form: str) -> Contender:
-    """Start timm as it comes, or as fast as its users make it; all in the same precision."""
-    spec = {
-        "model": setting.model,
-        "weights": setting.weights,
-        "device": setting.device,
-        "dtype": str(DTYPES[setting.config.precision]).removeprefix("torch."),
-        "form": form,
-        "image_size": setting.data_config.image_size,
-        "batch_size": setting.batch_size,
-        "images": setting.short.images,
-    }
-    return Contender([str(JOBS / "baselines" / "timm_forward.py"), json.dumps(spec)])
 
 
 def _describe_machine() -> dict[str, Any]:
