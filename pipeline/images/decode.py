@@ -37,7 +37,7 @@ import numpy as np
 from PIL import Image, ImageChops
 
 from pipeline.errors import RecordError, ShortageError, describe_excess_bytes
-from pipeline.images.jpeg import decode_jpeg
+from pipeline.images.jpeg import decode_jpeg, read_plain_header
 from pipeline.images.png import drop_long_texts
 from pipeline.images.turns import TURNS, Pixels, make_upright
 from pipeline.shortages import is_shortage
@@ -208,11 +208,13 @@ def read_header(data: bytes | memoryview, *, limits: ImageLimits) -> ImageHeader
     data = bytes(data)
     try:
         _refuse_by_length(data, limits)
-        image = _open_image(data)
-        width, height = image.size
-        if not 0 < width * height <= limits.max_pixels:
-            return None
-        return ImageHeader(image.format or "", image.mode, image.size, _read_orientation(image))
+        if (plain := read_plain_header(data)) is not None:
+            header = ImageHeader("JPEG", *plain, orientation=1)
+        else:
+            image = _open_image(data)
+            orientation = _read_orientation(image)
+            header = ImageHeader(image.format or "", image.mode, image.size, orientation)
+        return header if 0 < header.size[0] * header.size[1] <= limits.max_pixels else None
     except Exception:  # decoders raise anything on hostile bytes; decode_image says what is wrong
         return None
 

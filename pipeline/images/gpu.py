@@ -25,6 +25,7 @@ from pipeline.records import Embedding, Record, Space
 
 _GROUP_PIXELS = 1 << 26  # decoded together; bounds the GPU's memory
 _MODES = ("RGB", "L")
+_END, _END_WITHIN = b"\xff\xd9", 4096  # of a JPEG that is whole; some bytes may follow
 _DECODING = threading.Lock()  # two threads at once crash torchvision's decoder
 
 
@@ -90,7 +91,9 @@ class GpuCropMaker:
         self._host.close()
 
     def _find_jpeg(self, record: Record) -> ImageHeader | None:
-        header = read_header(record.data, limits=self._limits) if record.status == "ok" else None
+        if record.status != "ok" or _END not in bytes(record.data[-_END_WITHIN:]):
+            return None  # a GPU's decoder may fill up what was cut off, without a word
+        header = read_header(record.data, limits=self._limits)
         return header if header and header.format == "JPEG" and header.mode in _MODES else None
 
     def _make_batch(self, items: dict[int, tuple[Record, ImageHeader]]) -> Batch:
@@ -101,8 +104,11 @@ class GpuCropMaker:
             pictures = self._decode([items[index][0].data for index in group])
             decoded_s = time.thread_time()
             found = {i: p for i, p in zip(group, pictures, strict=True) if p is not None}
-            if found:
-                crops.append(self._cut(list(found.values()), [items[i][1] for i in found]))
+            try:
+                if found:
+                    crops.append(self._cut(list(found.values()), [items[i][1] for i in found]))
+            except torch.OutOfMemoryError:
+                found = {}  # the host makes these crops
             for index in found:
                 record, header = items[index]
                 known = Embedding("ok", None, *header.size, image_digest(record.data))

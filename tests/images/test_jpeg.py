@@ -9,12 +9,12 @@ import pytest
 import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import encode, make_picture
+from pictures import encode, make_hostile_pictures, make_picture
 from PIL import Image
 
 from pipeline.errors import RecordError
 from pipeline.images import jpeg
-from pipeline.images.decode import ImageLimits, decode_image
+from pipeline.images.decode import ImageLimits, decode_image, read_header
 
 LIMITS = ImageLimits()
 PILLOWS_SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
@@ -88,6 +88,45 @@ def test_what_is_no_ordinary_jpeg_is_left_to_pillow(kind: str, mode: str) -> Non
         pytest.skip("there is no such PNG")
     data = encode(draw_picture(1, (60, 50)).convert(mode), kind)
     assert describe(data) == describe_without(data)
+
+
+def read_headers(data: bytes) -> tuple[object, object]:
+    """Return the header as it is read, and as Pillow alone reads it."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = read_header(data, limits=LIMITS)
+        patch.setattr(jpeg, "simplejpeg", None)
+        return ours, read_header(data, limits=LIMITS)
+
+
+def test_a_header_is_read_as_by_pillow() -> None:
+    found = list_jpegs((17, 16))
+    for orientation in range(9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        found.append(encode(draw_picture(1, (20, 10)), exif=exif.tobytes()))
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    found.append(encode(draw_picture(1, (20, 10)), xmp=xmp))
+    for kind, mode in itertools.product(("JPEG", "MPO", "PNG", "TIFF"), ("CMYK", "L", "RGB")):
+        if (kind, mode) != ("PNG", "CMYK"):
+            found.append(encode(draw_picture(1, (20, 10)).convert(mode), kind))
+    for data in (*found, *(hostile.data for hostile in make_hostile_pictures().values())):
+        ours, pillows = read_headers(data)
+        assert ours == pillows
+
+
+@given(
+    cut=st.floats(0.01, 1), places=st.lists(st.floats(0, 1), max_size=3), value=st.integers(0, 255)
+)
+@settings(max_examples=250, deadline=None, derandomize=True)
+def test_a_damaged_header_is_read_as_by_pillow_or_not_at_all(
+    cut: float, places: list[float], value: int
+) -> None:
+    data = bytearray(encode(draw_picture(1, (20, 10))))
+    for place in places:
+        data[int(place**3 * (len(data) - 1))] = value  # mostly near the beginning
+    ours, pillows = read_headers(bytes(data[: int(cut * len(data))]))
+    assert ours == pillows or pillows is None or ours is None
 
 
 @given(

@@ -277,6 +277,31 @@ def test_what_a_gpu_cannot_decode_goes_to_the_host_in_its_place(
             assert (known.status, known.error) == (host.status, host.error)
 
 
+def test_a_jpeg_that_was_cut_off_is_truncated_even_if_the_gpu_decodes_it(
+    gpu_crops: GpuCropMaker, monkeypatch: pytest.MonkeyPatch
+):
+    def decode(images: list[torch.Tensor], **_: object) -> list[torch.Tensor]:
+        return [torch.zeros(3, 150, 200, dtype=torch.uint8) for _ in images]
+
+    monkeypatch.setattr("torchvision.io.decode_jpeg", decode)
+    jpeg = make_jpeg(1, (200, 150))
+    found = gather(gpu_crops, make_records([jpeg, jpeg[: len(jpeg) // 2], jpeg[:-2]]))
+    assert [found[i][1].status for i in range(3)] == ["ok", "truncated", "truncated"]
+
+
+def test_crops_that_do_not_fit_the_gpu_are_made_by_the_host(
+    gpu_crops: GpuCropMaker, space: Space, monkeypatch: pytest.MonkeyPatch
+):
+    def run_out(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("pipeline.images.gpu.resize_and_crop_batch", run_out)
+    records = make_records([make_jpeg(seed, (200, 150)) for seed in range(5)])
+    found = gather(gpu_crops, records)
+    for index, host in enumerate(make_host(space).make(records)):
+        np.testing.assert_array_equal(found[index][0], host.pixels)
+
+
 def test_a_missing_gpu_decoder_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch):
     def find(name: str) -> str:
         raise __import__("importlib.metadata").metadata.PackageNotFoundError(name)
