@@ -63,7 +63,7 @@ class EmbedConfig:
     output: str
     """Where the embeddings go; an existing output is resumed and brought up to date."""
     model: str
-    """Backbone, e.g. resnetv2_50.a1h_in1k."""
+    """Backbone, e.g. resnetv2_50.a1h_in1k, also without its tag or with timm/ before it."""
     weights: str = "pretrained"
     """pretrained (from the hub), a path or URI of a checkpoint, or random:<seed>."""
     image_size: ImageSize = "train"

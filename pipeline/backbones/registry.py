@@ -1,6 +1,7 @@
 """The backbones by name."""
 
 import difflib
+import functools
 
 from pipeline.backbones.config import BackboneConfig
 from pipeline.backbones.cspdarknet import CSPDARKNET53
@@ -18,6 +19,8 @@ BACKBONES: dict[str, BackboneConfig] = {
     "resnetv2_50.a1h_in1k": RESNETV2_50,
 }
 
+_PREFIXES = ("timm:", "hf-hub:", "hf_hub:", "timm/")
+
 
 def list_backbones() -> list[str]:
     """Return the names of all backbones, sorted."""
@@ -27,13 +30,19 @@ def list_backbones() -> list[str]:
 def find_backbone(name: str) -> BackboneConfig:
     """Return the configuration of a backbone.
 
+    Args:
+        name: Its name; timm's and the hub's prefixes are understood (``timm/…``, ``hf-hub:timm/…``,
+            ``timm:…``), and so is an architecture without its tag, whose weights are then those
+            that timm takes. ``config.name`` says which it was.
+
     Raises:
         UnknownBackboneError: No backbone has this name; the message names the nearest one.
     """
-    if name in BACKBONES:
-        return BACKBONES[name]
-    tagged = [known for known in BACKBONES if known.split(".")[0] == name.split(".")[0]]
-    nearest = tagged or difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.0)
+    plain = functools.reduce(str.removeprefix, _PREFIXES, name)
+    tagged = [known for known in BACKBONES if known.split(".")[0] == plain.split(".")[0]]
+    if plain in BACKBONES or (tagged and "." not in plain):
+        return BACKBONES[plain if plain in BACKBONES else tagged[0]]
+    nearest = tagged or difflib.get_close_matches(plain, BACKBONES, n=1, cutoff=0.0)
     raise UnknownBackboneError(
         f"unknown backbone {name!r}; did you mean {nearest[0]!r}? "
         f"Known are {', '.join(list_backbones())}"

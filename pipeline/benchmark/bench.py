@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pipeline.backbones import list_backbones
+from pipeline.backbones import find_backbone, list_backbones
 from pipeline.benchmark.contenders import start_timm_forward, start_worker
 from pipeline.benchmark.drift import measure_drift
 from pipeline.benchmark.findings import (
@@ -71,7 +71,8 @@ def _measure_models(config: BenchmarkConfig, folder: Path) -> dict[str, ModelFin
         write_samples(images, config.images, folder / "long", per_shard=per_shard),
     )
     found = {}
-    for model in list_backbones() if "all" in config.model else config.model:
+    names = list_backbones() if "all" in config.model else config.model
+    for model in dict.fromkeys(find_backbone(name).name for name in names):
         setting = prepare_setting(config, model, folder, samples=samples)
         found[model] = _measure(setting)
     return found

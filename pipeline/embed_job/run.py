@@ -108,7 +108,7 @@ def embed(
     storage = Storage(config.storage)
     if config.verify:
         return _verify(config, storage)
-    find_backbone(config.model)  # a misspelt name needs no listing to be found
+    config = replace(config, model=_name_backbone(config.model))
     listing_started_s = time.perf_counter()
     listing = _list_input(config, storage)
     list_s = time.perf_counter() - listing_started_s
@@ -121,6 +121,14 @@ def embed(
         claimed = make_output(config, info, weights, storage)
         run = _Run(config, run_id, started_s, claimed, lease)
         return run.execute(listing, list_s=list_s, stand_in=stand_in)
+
+
+def _name_backbone(model: str) -> str:
+    """Return the name under which a space records a backbone."""
+    name = find_backbone(model).name  # a misspelt one needs no listing to be found
+    if name != model:
+        LOG.info("model %s is taken to be %s, which is built in", model, name)
+    return name
 
 
 def _list_input(config: EmbedConfig, storage: Storage) -> Listing:

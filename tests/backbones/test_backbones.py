@@ -3,9 +3,10 @@
 import pickle
 
 import pytest
+import timm
 import torch
 
-from pipeline.backbones import create_backbone, list_backbones
+from pipeline.backbones import create_backbone, find_backbone, list_backbones
 from pipeline.errors import SettingsError, UnknownBackboneError
 
 WIDTHS = {
@@ -110,7 +111,10 @@ def test_a_backbone_survives_pickling(name, seeded_weights):
 @pytest.mark.parametrize(
     ("wrong", "nearest"),
     [
-        ("resnetv2_50", "resnetv2_50.a1h_in1k"),
+        ("resnetv2_50.a1_in1k", "resnetv2_50.a1h_in1k"),
+        ("timm/resnetv2_50.", "resnetv2_50.a1h_in1k"),
+        ("timm/resnetv2_50x1_bit", "resnetv2_50.a1h_in1k"),
+        ("hf-hub:someone/resnetv2_50.a1h_in1k", "resnetv2_50.a1h_in1k"),
         ("cspdarknet53.wrong_tag", "cspdarknet53.ra_in1k"),
         ("efficientnetv2_m", "efficientnetv2_rw_m.agc_in1k"),
         ("vovnet19b", "ese_vovnet19b_dw.ra_in1k"),
@@ -122,6 +126,15 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(wrong, nearest):
         create_backbone(wrong, weights=None)
     assert f"unknown backbone {wrong!r}; did you mean '{nearest}" in str(caught.value)
     assert "Known are cspdarknet53.ra_in1k, " in str(caught.value)
+
+
+@pytest.mark.parametrize("name", list_backbones())
+@pytest.mark.parametrize("prefix", ["", "timm/", "timm:", "hf-hub:timm/", "hf_hub:timm/"])
+def test_timms_forms_of_a_name_are_the_same_backbone(name: str, prefix: str):
+    for form in (name, name.split(".")[0]):
+        assert find_backbone(prefix + form).name == name
+        known = timm.models.get_pretrained_cfg(form)
+        assert f"{known.architecture}.{known.tag}" == name
 
 
 def test_a_negative_number_of_classes_is_refused():

@@ -36,6 +36,7 @@ from pipeline.errors import (
     UnknownBackboneError,
     WeightsError,
 )
+from pipeline.log import LOG
 from pipeline.output.commits import list_commits, list_retired
 from pipeline.storage import Storage
 
@@ -203,6 +204,16 @@ def test_settings_of_another_space_are_refused_by_name(mixed, changes, words):
     with pytest.raises(SpaceMismatchError, match=f"{words}.*use the same settings, or another"):
         embed(replace(config, **changes))
     assert list_files(Path(config.output)) == before
+
+
+def test_timms_form_of_the_model_is_the_same_space(mixed, caplog, monkeypatch):
+    config, _, _ = mixed
+    monkeypatch.setattr(LOG, "propagate", True)
+    with caplog.at_level("INFO", LOG.name):
+        report = embed(replace(config, model=f"timm/{config.model.split('.')[0]}"))
+    assert report.settings["model"] == config.model
+    assert report.images.embedded == 0
+    assert f"is taken to be {config.model}, which is built in" in caplog.text
 
 
 def test_a_misspelt_backbone_names_the_nearest(mixed):

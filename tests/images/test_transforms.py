@@ -116,7 +116,7 @@ def test_a_backbone_resolves_to_what_its_name_resolves_to():
 
 def test_an_unknown_name_has_no_data_config():
     with pytest.raises(UnknownBackboneError, match=r"did you mean 'fbnetv3_b\.ra2_in1k'"):
-        resolve_data_config("fbnetv3_b")
+        resolve_data_config("fbnetv3_c")
 
 
 @pytest.mark.parametrize(
