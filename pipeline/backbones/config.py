@@ -1,6 +1,6 @@
 """The configuration of a named backbone: builder, input size, preprocessing, feature maps."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ class BackboneConfig:
     """
 
     name: str
-    network: Callable[..., Any]
+    network: type[Any]
     classifier: str
     image_size: int
     test_image_size: int
@@ -43,12 +43,30 @@ class BackboneConfig:
         return f"timm/{self.name}"
 
 
-def describe_maps(*maps: tuple[str, int, int]) -> tuple[Mapping[str, Any], ...]:
+class FeatureInfo(tuple[Mapping[str, Any], ...]):
+    """Feature maps, from the finest to the coarsest: ``module``, ``num_chs``, ``reduction``."""
+
+    __slots__ = ()
+
+    def channels(self) -> list[int]:
+        """Return the number of channels of each map."""
+        return [item["num_chs"] for item in self]
+
+    def reduction(self) -> list[int]:
+        """Return how many input pixels one step of each map spans."""
+        return [item["reduction"] for item in self]
+
+    def module_name(self) -> list[str]:
+        """Return the module whose output each map is."""
+        return [item["module"] for item in self]
+
+
+def describe_maps(*maps: tuple[str, int, int]) -> FeatureInfo:
     """Return ``feature_info`` for ``(module, channels, reduction)`` of each feature map.
 
     ``reduction`` is how many input pixels one step of the map spans.
     """
-    return tuple(
+    return FeatureInfo(
         {"module": module, "num_chs": channels, "reduction": reduction}
         for module, channels, reduction in maps
     )

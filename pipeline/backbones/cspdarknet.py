@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.backbones.config import BackboneConfig, describe_maps
 from pipeline.backbones.layers import ConvBnAct, LinearHead, run_stages
+from pipeline.backbones.network import FeatureNetwork
 
 _STEM_CHANNELS = 32
 # (input, output, expanded, block's inner channels, blocks) of each stage
@@ -70,7 +71,7 @@ class CrossStage(nn.Module):
         return z
 
 
-class CspDarknet(nn.Module):
+class CspDarknet(FeatureNetwork):
     """Stem of stride 1, five stages, average pool and linear classifier."""
 
     num_features = 1024
@@ -85,23 +86,11 @@ class CspDarknet(nn.Module):
     )
 
     def __init__(self, config: BackboneConfig, *, num_classes: int, features_only: bool) -> None:
-        super().__init__()
-        self.config = config
-        self.features_only = features_only
+        super().__init__(config, features_only=features_only)
         stem = ConvBnAct(3, _STEM_CHANNELS, 3, stride=1, activation=_leaky_relu)
         self.stem = nn.Sequential(OrderedDict(conv1=stem))
         self.stages = nn.Sequential(*(CrossStage(*stage) for stage in _STAGES))
         self.head = LinearHead(self.num_features, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        """Return logits, embeddings or feature maps, as the network was made for.
-
-        Args:
-            images: Normalised RGB, float, (B, 3, H, W).
-        """
-        if self.features_only:
-            return self.forward_maps(images)
-        return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the last feature map, (B, 1024, H/32, W/32)."""

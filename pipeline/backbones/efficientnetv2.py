@@ -23,6 +23,7 @@ from pipeline.backbones.layers import (
     pool_to_vector,
     run_stages,
 )
+from pipeline.backbones.network import FeatureNetwork
 
 _STEM_CHANNELS = 32
 _SQUEEZE_DIVISOR = 4  # of the block's input, not of its expanded width
@@ -101,7 +102,7 @@ def _make_blocks(stage: Stage, in_channels: int) -> Iterator[nn.Module]:
         in_channels = stage.channels
 
 
-class EfficientNetV2(nn.Module):
+class EfficientNetV2(FeatureNetwork):
     """Stem, six stages, 1x1 head convolution, average pool and linear classifier."""
 
     num_features = 2152
@@ -116,9 +117,7 @@ class EfficientNetV2(nn.Module):
     conv_bn_pairs: ClassVar[ConvBnPairs] = (("conv_stem", "bn1"), ("conv_head", "bn2"))
 
     def __init__(self, config: BackboneConfig, *, num_classes: int, features_only: bool) -> None:
-        super().__init__()
-        self.config = config
-        self.features_only = features_only
+        super().__init__(config, features_only=features_only)
         self.act = _silu()
         self.conv_stem = make_conv(3, _STEM_CHANNELS, 3, stride=2, groups=1)
         self.bn1 = make_batch_norm(_STEM_CHANNELS)
@@ -134,16 +133,6 @@ class EfficientNetV2(nn.Module):
         self.classifier = (
             nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         )
-
-    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        """Return logits, embeddings or feature maps, as the network was made for.
-
-        Args:
-            images: Normalised RGB, float, (B, 3, H, W).
-        """
-        if self.features_only:
-            return self.forward_maps(images)
-        return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the features after the head convolution, (B, 2152, H/32, W/32)."""

@@ -20,6 +20,7 @@ from pipeline.backbones.layers import (
     make_conv,
     run_stages,
 )
+from pipeline.backbones.network import FeatureNetwork
 
 _STEM_CHANNELS = 16
 _STEM_STAGE_DEPTH = 2
@@ -90,7 +91,7 @@ def _make_stage(runs: tuple[tuple[int, ...], ...]) -> nn.Sequential:
     )
 
 
-class FbNetV3(nn.Module):
+class FbNetV3(FeatureNetwork):
     """Stem, seven stages, average pool, widening 1x1 convolution and linear classifier.
 
     The widening follows the pool, so that the embedding (1984) is wider than the features (1344).
@@ -108,9 +109,7 @@ class FbNetV3(nn.Module):
     conv_bn_pairs: ClassVar[ConvBnPairs] = (("conv_stem", "bn1"),)
 
     def __init__(self, config: BackboneConfig, *, num_classes: int, features_only: bool) -> None:
-        super().__init__()
-        self.config = config
-        self.features_only = features_only
+        super().__init__(config, features_only=features_only)
         self.act = _hardswish()
         self.conv_stem = make_conv(3, _STEM_CHANNELS, 3, stride=2, groups=1)
         self.bn1 = make_batch_norm(_STEM_CHANNELS)
@@ -124,16 +123,6 @@ class FbNetV3(nn.Module):
         self.classifier = (
             nn.Linear(self.embedding_dim, num_classes) if num_classes else nn.Identity()
         )
-
-    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        """Return logits, embeddings or feature maps, as the network was made for.
-
-        Args:
-            images: Normalised RGB, float, (B, 3, H, W).
-        """
-        if self.features_only:
-            return self.forward_maps(images)
-        return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the last feature map, (B, 1344, H/32, W/32)."""

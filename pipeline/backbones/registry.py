@@ -1,6 +1,7 @@
 """The backbones by name."""
 
 import difflib
+import fnmatch
 import functools
 
 from pipeline.backbones.config import BackboneConfig
@@ -22,9 +23,9 @@ BACKBONES: dict[str, BackboneConfig] = {
 _PREFIXES = ("timm:", "hf-hub:", "hf_hub:", "timm/")
 
 
-def list_backbones() -> list[str]:
-    """Return the names of all backbones, sorted."""
-    return sorted(BACKBONES)
+def list_backbones(pattern: str = "*") -> list[str]:
+    """Return the names of the backbones that fit a pattern of a shell, sorted: ``"res*"``."""
+    return sorted(fnmatch.filter(BACKBONES, pattern))
 
 
 def find_backbone(name: str) -> BackboneConfig:

@@ -12,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from pipeline.backbones.config import BackboneConfig, describe_maps
 from pipeline.backbones.layers import ConvBnPairs, make_batch_norm, make_conv, run_stages
+from pipeline.backbones.network import FeatureNetwork
 
 _STEM_CHANNELS = 64
 # (blocks, input channels, output channels, stride of the first block) of each stage
@@ -76,7 +77,7 @@ class ConvHead(nn.Module):
         return y.flatten(1)
 
 
-class ResNetV2(nn.Module):
+class ResNetV2(FeatureNetwork):
     """7x7 stem, four stages of bottlenecks, final norm, average pool and classifier."""
 
     num_features = 2048
@@ -90,9 +91,7 @@ class ResNetV2(nn.Module):
     )
 
     def __init__(self, config: BackboneConfig, *, num_classes: int, features_only: bool) -> None:
-        super().__init__()
-        self.config = config
-        self.features_only = features_only
+        super().__init__(config, features_only=features_only)
         self.stem = nn.Sequential(
             OrderedDict(
                 conv=make_conv(3, _STEM_CHANNELS, 7, stride=2, groups=1),
@@ -103,16 +102,6 @@ class ResNetV2(nn.Module):
         self.norm = make_batch_norm(self.num_features)
         self.act = nn.ReLU(inplace=True)
         self.head = ConvHead(self.num_features, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        """Return logits, embeddings or feature maps, as the network was made for.
-
-        Args:
-            images: Normalised RGB, float, (B, 3, H, W).
-        """
-        if self.features_only:
-            return self.forward_maps(images)
-        return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the last residual sum, normalised and rectified, (B, 2048, H/32, W/32)."""

@@ -21,6 +21,7 @@ from pipeline.backbones.layers import (
     make_conv,
     run_stages,
 )
+from pipeline.backbones.network import FeatureNetwork
 
 _STEM_CHANNELS = 64
 # (input, chain, output) channels of each stage
@@ -98,7 +99,7 @@ def _make_stage(widths: tuple[int, int, int], *, pool: bool) -> nn.Sequential:
     return nn.Sequential(OrderedDict(pool=first, blocks=blocks))
 
 
-class VovNet(nn.Module):
+class VovNet(FeatureNetwork):
     """Stem of stride 4, four stages, average pool and linear classifier."""
 
     num_features = 1024
@@ -112,9 +113,7 @@ class VovNet(nn.Module):
     )
 
     def __init__(self, config: BackboneConfig, *, num_classes: int, features_only: bool) -> None:
-        super().__init__()
-        self.config = config
-        self.features_only = features_only
+        super().__init__(config, features_only=features_only)
         self.stem = nn.Sequential(
             ConvBnAct(3, _STEM_CHANNELS, 3, stride=2, activation=_relu),
             SeparableConvBnAct(_STEM_CHANNELS, _STEM_CHANNELS, stride=1),
@@ -124,16 +123,6 @@ class VovNet(nn.Module):
             *(_make_stage(widths, pool=index > 0) for index, widths in enumerate(_STAGES))
         )
         self.head = LinearHead(self.num_features, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        """Return logits, embeddings or feature maps, as the network was made for.
-
-        Args:
-            images: Normalised RGB, float, (B, 3, H, W), sides of at least 18.
-        """
-        if self.features_only:
-            return self.forward_maps(images)
-        return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the last feature map, (B, 1024, H/32, W/32)."""

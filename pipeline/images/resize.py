@@ -6,7 +6,8 @@ the evaluation transform that the backbones were published with, up to its norma
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -54,6 +55,13 @@ class DataConfig:
             raise SettingsError(
                 f"interpolation is {self.interpolation!r}; use one of {', '.join(FILTERS)}"
             )
+
+    def keys(self) -> list[str]:
+        """Return the names of the fields, so that ``**data_config`` gives them as arguments."""
+        return [field.name for field in fields(self)]
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
 
     @property
     def resize_size(self) -> int:

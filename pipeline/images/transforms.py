@@ -5,13 +5,16 @@ Two halves, so that the host hands 8-bit crops to the device: ``resize_and_crop`
 were published with.
 """
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from pipeline.backbones.registry import find_backbone
+from pipeline.errors import SettingsError
 from pipeline.images.resize import DataConfig, resize_and_crop
 
 
@@ -52,8 +55,27 @@ class Transform:
         return normalise(torch.from_numpy(crop[None]), self.data_config)[0].contiguous()
 
 
-def create_transform(data_config: DataConfig) -> Transform:
-    """Return a callable from a PIL picture to a float32 tensor (3, S, S)."""
+def create_transform(
+    data_config: DataConfig | None = None, *, is_training: bool = False, **fields: Any
+) -> Transform:
+    """Return a callable from a PIL picture to a float32 tensor (3, S, S).
+
+    Args:
+        data_config: The preprocessing; or give its fields, as in ``create_transform(**config)``.
+        is_training: Must be False: there are no augmentations here.
+        **fields: The fields of ``DataConfig``.
+
+    Raises:
+        SettingsError: Training is asked for, or a field is missing, unknown or wrong.
+    """
+    if is_training:
+        raise SettingsError("is_training is True; this transform is for evaluation only")
+    if data_config is None:
+        try:
+            data_config = DataConfig(**fields)
+        except TypeError as error:
+            names = ", ".join(field.name for field in dataclasses.fields(DataConfig))
+            raise SettingsError(f"{error}; the fields of a data config are {names}") from error
     return Transform(data_config)
 
 
