@@ -28,6 +28,9 @@ Settings = TypeVar("Settings")
 _EPILOG = "Flags override the file; --no-<flag> and a value of None unset what it sets."
 
 
+_REQUIRED = "required"
+
+
 class Report(Protocol):
     """The report of a job; printed when it ends."""
 
@@ -184,6 +187,7 @@ def parse_command(
     for flag in flags:
         if flag.name in given:
             _put(values, flag.path, _unset(given[flag.name], flag.kind))
+    _check_required(flags, values)
     made = settings_class(**values)
     return Command(made, check_only="check" in given, as_json="json" in given)
 
@@ -220,7 +224,7 @@ def _list_flags(settings_class: type, path: tuple[str, ...] = ()) -> Iterator[Fl
         if is_dataclass(kind):
             yield from _list_flags(kind, (*path, item.name))  # type: ignore[arg-type]
             continue
-        default = "required" if item.default is MISSING else f"default: {_show(item.default)}"
+        default = _REQUIRED if item.default is MISSING else f"default: {_show(item.default)}"
         name = item.name.replace("_", "-")
         shown = "" if item.default in (None, ()) else default
         yield Flag(name, (*path, item.name), kind, texts.get(item.name, ""), shown)
@@ -276,7 +280,7 @@ class _Store(argparse.Action):
 
 
 def _make_parser(settings_class: type, flags: Sequence[Flag], *, prog: str) -> _Parser:
-    needed = " ".join(f"--{flag.name} …" for flag in flags if flag.default == "required")
+    needed = " ".join(f"--{flag.name} …" for flag in flags if flag.default == _REQUIRED)
     parser = _Parser(
         prog=prog,
         usage=f"{prog} {needed} [--config FILE] [flags]",
@@ -340,6 +344,30 @@ def _check_flags(given: set[str], parser: argparse.ArgumentParser) -> None:
     known = {name for action in parser._actions for name in action.option_strings}
     for flag in sorted(given - known - {"--"}):
         raise SettingsError(f"unknown flag {flag}{suggest(flag, known)}; --help lists them all")
+
+
+def _check_required(flags: Sequence[Flag], values: Mapping[str, Any]) -> None:
+    """Refuse settings that lack what has no default, naming all of it.
+
+    Raises:
+        SettingsError: Something is lacking.
+    """
+    lacking = dict.fromkeys(
+        f"--{flag.name}"
+        for flag in flags
+        if flag.default == _REQUIRED and not _holds(values, flag.path)
+    )
+    if lacking:
+        raise SettingsError(
+            f"not given: {', '.join(lacking)}; pass them as flags, or write them into a file for "
+            "--config"
+        )
+
+
+def _holds(values: Mapping[str, Any], path: Sequence[str]) -> bool:
+    for name in path[:-1]:
+        values = values.get(name, {})
+    return path[-1] in values
 
 
 def _read_toml(path: Path, settings_class: type) -> dict[str, Any]:

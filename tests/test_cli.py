@@ -118,6 +118,30 @@ def test_a_flag_given_twice_adds_to_a_list_and_elsewhere_the_last_counts_with_a_
     assert capsys.readouterr().err == "note: --prune is given twice; False counts, not True\n"
 
 
+@pytest.mark.parametrize(
+    ("settings_class", "words"),
+    [
+        (EmbedConfig, "not given: --input, --output, --model; pass them as flags, or write them"),
+        (IndexConfig, "not given: --index; pass"),
+        (NightlyConfig, "not given: --input, --output, --model, --index; pass"),
+    ],
+)
+def test_what_is_lacking_is_named_with_its_flags_which_suffice(
+    settings_class: type, words: str, tmp_path: Path
+):
+    with pytest.raises(SettingsError, match=words) as caught:
+        parse_settings(settings_class, [], prog="x")
+    flags = re.findall(r"--([a-z-]+)", str(caught.value).partition(";")[0])
+    given = [text for flag in flags for text in (f"--{flag}", "somewhere")]
+    settings = parse_settings(settings_class, given, prog="x")
+    with pytest.raises(SettingsError, match=f"not given: --{flags[-1]};"):
+        parse_settings(settings_class, given[:-2], prog="x")
+    if settings_class is not NightlyConfig:
+        file = tmp_path / "settings.toml"
+        file.write_text("".join(f'{flag} = "somewhere"\n' for flag in flags))
+        assert parse_settings(settings_class, ["--config", str(file)], prog="x") == settings
+
+
 def test_none_unsets_what_a_file_sets(tmp_path: Path):
     path = write_toml(tmp_path, 'max_failures = "1%"\nbatch_size = 8\n')
     config = parse("--config", path, "--max-failures", "None")
