@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pipeline.images.transforms import create_transform, resolve_data_config
     from pipeline.index.job import build_index
     from pipeline.index.search.search_index import SearchIndex
+    from pipeline.inference.embedder import Embedder
     from pipeline.output.commits import read_embeddings
     from pipeline.service.client import Client
 
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Client": "pipeline.service.client",
     "EmbedConfig": "pipeline.config",
+    "Embedder": "pipeline.inference.embedder",
     "IndexConfig": "pipeline.config",
     "SearchIndex": "pipeline.index.search.search_index",
     "build_index": "pipeline.index.job",
@@ -36,6 +38,7 @@ _HOMES = {
 __all__ = [
     "Client",
     "EmbedConfig",
+    "Embedder",
     "IndexConfig",
     "SearchIndex",
     "build_index",

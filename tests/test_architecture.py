@@ -173,6 +173,7 @@ def test_the_public_names_are_these():
     assert sorted(pipeline.__all__) == [
         "Client",
         "EmbedConfig",
+        "Embedder",
         "IndexConfig",
         "SearchIndex",
         "build_index",

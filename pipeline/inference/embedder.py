@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.backbones import create_backbone, load_weights, weights_digest
-from pipeline.errors import CorruptionError
+from pipeline.errors import CorruptionError, NothingThereError, describe_no_embeddings
 from pipeline.images.batches import Batch, gather_batches
 from pipeline.images.buffers import Pixels, SharedBuffers
 from pipeline.images.crops import CropMaker, HostCropMaker, data_config_of, recipe_of
@@ -36,8 +36,9 @@ from pipeline.inference.engines import (
     pin_memory,
 )
 from pipeline.log import LOG
+from pipeline.output.info import read_output_info
 from pipeline.records import Classes, Embedding, Record, Space
-from pipeline.storage import Storage
+from pipeline.storage import Storage, join_uri, normalise_uri
 
 Item = TypeVar("Item")
 
@@ -209,6 +210,30 @@ class Embedder:
         options = options or EmbedderOptions()
         engine, deviation = open_engine(space, weights=weights, options=options, storage=storage)
         return cls(space, engine, options=options, deviation=deviation)
+
+    @classmethod
+    def open(
+        cls, output: str, *, options: EmbedderOptions | None = None, storage: Storage | None = None
+    ) -> "Embedder":
+        """Return an embedder into the space of an output, with the weights that lie there.
+
+        Args:
+            output: What the embed job has written to.
+            options: Device, engine, batch size, threads; by default on the CPU, which computes in
+                fp32 whatever the precision of the space.
+            storage: How to reach it; credentials from the environment otherwise.
+
+        Raises:
+            NothingThereError: There is no output.
+        """
+        storage = storage or Storage()
+        uri = normalise_uri(output)
+        info = read_output_info(uri, storage)
+        if info is None:
+            raise NothingThereError(describe_no_embeddings(output))
+        options = options or EmbedderOptions(any_precision=True)
+        weights = join_uri(uri, info.weights)
+        return cls.load(info.space, weights=weights, options=options, storage=storage)
 
     def embed_images(self, images: Sequence[bytes]) -> list[Embedding]:
         """Embed encoded images, e.g. of a query."""

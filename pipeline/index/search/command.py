@@ -212,39 +212,13 @@ def read_queries(config: SearchConfig, index: SearchIndex, storage: Storage) -> 
         return [Query(config.key, index.vector(config.key), _read_picture(row, storage)[0])]
     if config.image is not None:
         data = storage.read(config.image)
-        return [
-            Query(
-                config.image,
-                embed_query(data, config.image, info=index.info, storage=storage),
-                data,
-            )
-        ]
+        return [Query(config.image, index.embed(config.image), data)]
     assert config.vector is not None
     name = Path(config.vector).name
     vectors = read_vector_file(config.vector, storage)
     if len(vectors) == 1:
         return [Query(name, vectors[0])]
     return [Query(f"{name}[{row}]", vector) for row, vector in enumerate(vectors)]
-
-
-def embed_query(data: bytes, name: str, *, info: IndexInfo, storage: Storage) -> Floats:
-    """Embed a picture exactly as the index's images were embedded.
-
-    Raises:
-        QueryError: The picture cannot be decoded.
-    """
-    from pipeline.inference.embedder import (  # torch takes seconds to import
-        Embedder,
-        EmbedderOptions,
-    )
-
-    options = EmbedderOptions(decode_processes=0, any_precision=True)
-    embedder = Embedder.load(info.space, weights=info.weights, options=options, storage=storage)
-    [embedding] = embedder.embed_images([data])
-    embedder.close()
-    if embedding.vector is None:
-        raise QueryError(f"cannot embed {name!r}: {embedding.status}: {embedding.error}")
-    return embedding.vector
 
 
 def read_vector_file(uri: str, storage: Storage) -> Floats:

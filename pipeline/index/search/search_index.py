@@ -2,10 +2,11 @@
 
 import threading
 from pathlib import Path
+from typing import overload
 
 import numpy.typing as npt
 
-from pipeline.errors import CorruptionError, NothingThereError, describe_no_index
+from pipeline.errors import CorruptionError, NothingThereError, QueryError, describe_no_index
 from pipeline.index.cache import DEFAULT_BYTES
 from pipeline.index.faiss.codes import Floats
 from pipeline.index.files import FileStore, default_cache_dir
@@ -19,6 +20,7 @@ from pipeline.index.pointer import (
 )
 from pipeline.index.search.generation import Generation, Snapshot
 from pipeline.index.search.neighbour import IndexInfo, Neighbour
+from pipeline.index.search.pictures import Picture, PictureEmbedder
 from pipeline.index.search.where import Where
 from pipeline.storage import Storage, join_uri, normalise_uri
 
@@ -37,6 +39,7 @@ class SearchIndex:
         self.uri = files.index
         self._files, self._threads, self._pinned = files, threads, pinned
         self._refreshing = threading.Lock()
+        self._pictures = PictureEmbedder(files.storage)
         manifest = self._read_manifest()
         opened = Generation(manifest, files)
         self._snapshot = Snapshot(self.uri, opened, threads=threads)
@@ -85,6 +88,7 @@ class SearchIndex:
         """What describes the generation that is open now."""
         return self._snapshot.info
 
+    @overload
     def search(
         self,
         vectors: npt.ArrayLike,
@@ -93,9 +97,64 @@ class SearchIndex:
         *,
         exact: bool = False,
         params: SearchParams | None = None,
-    ) -> list[list[Neighbour]]:
-        """Return the nearest rows of each vector, best first; see ``Snapshot.search``."""
-        return self._snapshot.search(vectors, k, where, exact=exact, params=params)
+    ) -> list[list[Neighbour]]: ...
+
+    @overload
+    def search(
+        self,
+        vectors: None = None,
+        k: int = 10,
+        where: Where | None = None,
+        *,
+        image: Picture,
+        exact: bool = False,
+        params: SearchParams | None = None,
+    ) -> list[Neighbour]: ...
+
+    def search(
+        self,
+        vectors: npt.ArrayLike | None = None,
+        k: int = 10,
+        where: Where | None = None,
+        *,
+        image: Picture | None = None,
+        exact: bool = False,
+        params: SearchParams | None = None,
+    ) -> list[list[Neighbour]] | list[Neighbour]:
+        """Return the nearest rows, best first; see ``Snapshot.search``.
+
+        Args:
+            vectors: float (N, dim), or one vector (dim,); a list of neighbours for each.
+            k: How many neighbours.
+            where: Only images that fulfil this condition on carried columns.
+            image: A picture to search with instead: a path, a URI, or its encoded bytes. The answer
+                is one list.
+            exact: Compare with every vector.
+            params: How thoroughly to search; as measured when the index was built otherwise.
+
+        Raises:
+            QueryError: There is nothing to search with, or too much; the picture cannot be
+                embedded; the condition is wrong.
+        """
+        if (vectors is None) == (image is None):
+            raise QueryError("pass either vectors or image to search with")
+        if image is None:
+            assert vectors is not None
+            return self._snapshot.search(vectors, k, where, exact=exact, params=params)
+        snapshot = self._snapshot  # its space and its vectors, whatever is published meanwhile
+        vector = self._pictures.embed(image, snapshot.info)
+        return snapshot.search(vector[None], k, where, exact=exact, params=params)[0]
+
+    def embed(self, image: Picture) -> Floats:
+        """Return the vector of a picture in the space of the index, float32 (dim,).
+
+        Args:
+            image: A path, a URI, or its encoded bytes.
+
+        Raises:
+            QueryError: The picture cannot be decoded.
+        """
+        return self._pictures.embed(image, self.info)
 
     def neighbours_of(self, key: str, k: int = 10, where: Where | None = None) -> list[Neighbour]:
         """Return the nearest rows of an image of the index, itself left out.

@@ -13,8 +13,10 @@ from PIL import Image
 
 import jobs.index
 import jobs.search
+import pipeline
 from index.corpus import STORAGE, make_space
 from pipeline.backbones import load_weights, weights_digest
+from pipeline.errors import NothingThereError, QueryError
 from pipeline.index.search.command import Answer, Card, Query, SearchReport, render_page
 from pipeline.index.search.search_index import Neighbour, SearchIndex
 from pipeline.inference.embedder import Embedder, EmbedderOptions
@@ -173,6 +175,27 @@ def test_a_picture_finds_itself_with_a_cosine_of_one(gallery, capsys, tmp_path):
     report = json.loads(capsys.readouterr().out)
     assert report["neighbours"][0]["key"] == "a.tar/004.jpg"
     assert report["neighbours"][0]["score"] == pytest.approx(1, abs=1e-3)
+
+
+def test_a_picture_is_searched_with_from_python(gallery, tmp_path):
+    path = tmp_path / "query.jpg"
+    path.write_bytes(draw("green", 4))
+    index = SearchIndex.open(str(gallery / "index"))
+    for image in (path, str(path), path.read_bytes()):
+        found = index.search(image=image, k=3)
+        assert [len(found), found[0].key] == [3, "a.tar/004.jpg"]
+    embedder = pipeline.Embedder.open(str(gallery / "embeddings"))
+    [embedding] = embedder.embed_images([path.read_bytes()])
+    embedder.close()
+    np.testing.assert_allclose(embedding.vector, index.embed(path), rtol=1e-4, atol=1e-5)
+    assert index.search(embedding.vector[None], 3)[0] == found
+    with pytest.raises(QueryError, match="cannot embed the picture: unsupported"):
+        index.search(image=b"<html>")
+    for arguments in ({}, {"vectors": embedding.vector, "image": path}):
+        with pytest.raises(QueryError, match="pass either vectors or image"):
+            index.search(**arguments)
+    with pytest.raises(NothingThereError, match=r"no embeddings at .*run embed first"):
+        pipeline.Embedder.open(str(tmp_path / "nothing"))
 
 
 def test_vectors_from_a_file_are_answered_one_by_one(gallery, capsys, tmp_path):
