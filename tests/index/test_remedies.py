@@ -340,6 +340,7 @@ REMEDIES = {
     "upgrade it": "test_an_index_of_a_newer_format_is_left_alone",
     "--force publishes all the same": "test_a_gate_that_training_anew_does_not_mend_refuses_after",
     "pass --embeddings with the embed job's output": "test_embeddings_have_to_be_given",
+    "pass either vectors or image to search with": "test_a_picture_is_searched_with_from_python",
     "use another --index": "test_embeddings_of_another_space_are_refused_by_name",
     "use --kind auto": "test_too_few_vectors_for_the_lists_say_so",
     "use auto": "test_an_unknown_kind_names_those_there_are",

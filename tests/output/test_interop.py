@@ -32,7 +32,8 @@ def output(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str, weights: 
 
 def run_line(start: str, output: Path) -> object:
     """Evaluate the line of the README that starts so, on real embeddings."""
-    block = next(iter(re.findall(r"```python\n(.*?)```", README, re.DOTALL)))
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (block,) = (block for block in blocks if "read_embeddings" in block)
     (line,) = (line for line in block.splitlines() if line.startswith(start))
     names = {name: pytest.importorskip(name) for name in re.findall(r"^(?!data\b)\w+(?=\.)", line)}
     names["data"] = pipeline.read_embeddings(str(output))
