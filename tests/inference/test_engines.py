@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.backbones import create_backbone
+from pipeline.backbones import create_backbone, list_backbones
 from pipeline.errors import SettingsError
 from pipeline.images.resize import DataConfig
 from pipeline.images.transforms import normalise, resolve_data_config
@@ -175,6 +175,17 @@ def test_a_precision_is_allowed_what_its_bits_explain(
 ) -> None:
     """The figures are resnetv2_50's on an H200."""
     check_deviation(Deviation(largest, cosine, 0.0), EngineOptions(precision=precision), MODEL)
+
+
+@pytest.mark.parametrize("name", list_backbones())
+def test_every_backbone_is_within_what_its_precision_is_allowed(name: str) -> None:
+    """At the size it was trained on; between its fp32 engine and itself in short numbers."""
+    data_config = resolve_data_config(name)
+    own = create_backbone(name, weights="random:0", num_classes=0)
+    engine = build_engine(own, data_config, EngineOptions())
+    for precision in ("fp32", "bf16", "fp16"):
+        deviation = measure_deviation(engine, own, data_config, reference=precision)
+        check_deviation(deviation, EngineOptions(precision=precision), name)
 
 
 @pytest.mark.parametrize("precision", list(DTYPES))

@@ -212,7 +212,7 @@ def read_queries(config: SearchConfig, index: SearchIndex, storage: Storage) -> 
         return [Query(config.key, index.vector(config.key), _read_picture(row, storage)[0])]
     if config.image is not None:
         data = storage.read(config.image)
-        return [Query(config.image, index.embed(config.image), data)]
+        return [Query(config.image, index.embed(data, name=config.image), data)]
     assert config.vector is not None
     name = Path(config.vector).name
     vectors = read_vector_file(config.vector, storage)

@@ -24,8 +24,13 @@ class PictureEmbedder:
         self._lock = threading.Lock()
         self._loaded: tuple[str, Embedder] | None = None
 
-    def embed(self, picture: Picture, info: IndexInfo) -> Floats:
+    def embed(self, picture: Picture, info: IndexInfo, *, name: str | None = None) -> Floats:
         """Return the vector of a picture, float32 (dim,).
+
+        Args:
+            picture: The picture.
+            info: Says the space, and where its weights lie.
+            name: What messages call it; its path or URI otherwise.
 
         Raises:
             QueryError: The picture cannot be decoded.
@@ -35,8 +40,8 @@ class PictureEmbedder:
         with self._lock:
             [embedding] = self._load(info).embed_images([data])
         if embedding.vector is None:
-            name = "the picture" if isinstance(picture, bytes) else repr(os.fspath(picture))
-            raise QueryError(f"cannot embed {name}: {embedding.status}: {embedding.error}")
+            name = name or ("a picture" if isinstance(picture, bytes) else os.fspath(picture))
+            raise QueryError(f"cannot embed {name!r}: {embedding.status}: {embedding.error}")
         return embedding.vector
 
     def _load(self, info: IndexInfo) -> "Embedder":

@@ -145,16 +145,17 @@ class SearchIndex:
         vector = self._pictures.embed(image, snapshot.info)
         return snapshot.search(vector[None], k, where, exact=exact, params=params)[0]
 
-    def embed(self, image: Picture) -> Floats:
+    def embed(self, image: Picture, *, name: str | None = None) -> Floats:
         """Return the vector of a picture in the space of the index, float32 (dim,).
 
         Args:
             image: A path, a URI, or its encoded bytes.
+            name: What messages call it; its path or URI otherwise.
 
         Raises:
             QueryError: The picture cannot be decoded.
         """
-        return self._pictures.embed(image, self.info)
+        return self._pictures.embed(image, self.info, name=name)
 
     def neighbours_of(self, key: str, k: int = 10, where: Where | None = None) -> list[Neighbour]:
         """Return the nearest rows of an image of the index, itself left out.

@@ -189,7 +189,7 @@ def test_a_picture_is_searched_with_from_python(gallery, tmp_path):
     embedder.close()
     np.testing.assert_allclose(embedding.vector, index.embed(path), rtol=1e-4, atol=1e-5)
     assert index.search(embedding.vector[None], 3)[0] == found
-    with pytest.raises(QueryError, match="cannot embed the picture: unsupported"):
+    with pytest.raises(QueryError, match="cannot embed 'a picture': unsupported"):
         index.search(image=b"<html>")
     for arguments in ({}, {"vectors": embedding.vector, "image": path}):
         with pytest.raises(QueryError, match="pass either vectors or image"):
