@@ -213,8 +213,22 @@ def _describe_failed(failed: FailedShard) -> Receipt:
     return Receipt(failed.shard_id, -1, True, error=failed.error)
 
 
-def _check_device(config: EmbedConfig, device: str) -> None:
-    """Refuse what the actors' device cannot do, before any of them is started."""
+def depends_on_device(config: EmbedConfig) -> bool:
+    """Return whether some device cannot do what the settings ask for."""
+    for device in ("cpu", "cuda"):
+        try:
+            check_device(config, device)
+        except SettingsError:
+            return True
+    return False
+
+
+def check_device(config: EmbedConfig, device: str) -> None:
+    """Refuse what the actors' device cannot do, before any of them is started.
+
+    Raises:
+        SettingsError: It cannot do it.
+    """
     check_engine_options(EngineOptions(config.engine, device, config.precision))
     if config.decode == "gpu" and device == "cpu":
         raise SettingsError("decode gpu needs GPUs, and Ray has none; use --decode exact or fast")
@@ -232,7 +246,7 @@ def make_flow_settings(
     )
     on_gpu = resources.gpus > 0
     cores = max(1, round(resources.cpus))
-    _check_device(config, "cuda" if on_gpu else "cpu")
+    check_device(config, resources.device)
     return FlowSettings(
         run_id=run_id,
         output=config.output,
@@ -241,7 +255,7 @@ def make_flow_settings(
         storage=Storage(config.storage),
         read=replace(make_read_options(info), max_image_bytes=limits.max_image_bytes),
         embedder=EmbedderOptions(
-            device="cuda" if on_gpu else "cpu",
+            device=resources.device,
             engine=config.engine,
             batch_size=config.batch_size or (128 if on_gpu else 16),
             decode_processes=cores,

@@ -25,6 +25,11 @@ class Resources:
     gpus: float
     decoders: int = 0
 
+    @property
+    def device(self) -> str:
+        """Torch device of an actor."""
+        return "cuda" if self.gpus > 0 else "cpu"
+
 
 def fit_actors(config: EmbedConfig, nodes: Sequence[Mapping[str, float]]) -> Resources:
     """Return the actors that fit the nodes: one per GPU, otherwise one per CPU core.

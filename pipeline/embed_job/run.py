@@ -16,7 +16,12 @@ from pipeline.backbones import find_backbone
 from pipeline.config import EmbedConfig
 from pipeline.embed_job import dataflow
 from pipeline.embed_job.absence import keep_rows, rename_bundle, settle_members
-from pipeline.embed_job.actors import FlowSettings, make_flow_settings
+from pipeline.embed_job.actors import (
+    FlowSettings,
+    check_device,
+    depends_on_device,
+    make_flow_settings,
+)
 from pipeline.embed_job.dry_run import DryRunReport, estimate_run
 from pipeline.embed_job.efficiency import judge_run
 from pipeline.embed_job.lease import Lease
@@ -74,7 +79,7 @@ from pipeline.output.commits import (
     retire_commit,
     write_commit,
 )
-from pipeline.output.info import OutputInfo
+from pipeline.output.info import OutputInfo, read_output_info
 from pipeline.output.verify import VerifyReport, verify_output
 from pipeline.records import Commit, PartInfo, Shard, count_statuses
 from pipeline.storage import Storage, join_uri, normalise_uri
@@ -116,6 +121,7 @@ def embed(
     info = describe_columns(info, listing, storage)
     if config.dry_run:
         return estimate_run(config, info, listing, storage)
+    _check_cluster(config, storage)
     run_id = time.strftime("%Y%m%d-%H%M%S", time.gmtime(started_s)) + f"-{uuid.uuid4().hex[:6]}"
     with Lease(config.output, run_id, storage=storage) as lease:
         claimed = make_output(config, info, weights, storage)
@@ -129,6 +135,17 @@ def _name_backbone(model: str) -> str:
     if name != model:
         LOG.info("model %s is taken to be %s, which is built in", model, name)
     return name
+
+
+def _check_cluster(config: EmbedConfig, storage: Storage) -> None:
+    """Refuse what the cluster cannot do before the output is made for it, and for nothing else.
+
+    Raises:
+        SettingsError: Its actors cannot do it.
+    """
+    if depends_on_device(config) and read_output_info(config.output, storage) is None:
+        with dataflow.cluster(config.ray_address):
+            check_device(config, dataflow.choose_resources(config).device)
 
 
 def _list_input(config: EmbedConfig, storage: Storage) -> Listing:

@@ -222,6 +222,29 @@ def test_a_misspelt_backbone_names_the_nearest(mixed):
         embed(replace(config, model="resnetv2_50.a1_in1k"))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words", "right"),
+    [
+        ({"precision": "tf32"}, "needs a GPU; use bf16 or fp32", {"precision": "bf16"}),
+        ({"precision": "fp16"}, "needs a GPU; use bf16 or fp32", {"precision": "fp32"}),
+        ({"decode": "gpu"}, "use --decode exact or fast", {"decode": "fast"}),
+        (
+            {"engine": "openvino", "precision": "bf16"},
+            "use engine torch-compile",
+            {"engine": "openvino", "precision": "fp32"},
+        ),
+    ],
+)
+def test_what_the_cluster_cannot_do_makes_no_output_that_stands_in_the_way(
+    mixed, tmp_path: Path, wrong, words: str, right
+):
+    config = replace(mixed[0], output=str(tmp_path / "out"))
+    with pytest.raises(SettingsError, match=words):
+        embed(replace(config, **wrong))
+    assert not (tmp_path / "out").exists()
+    assert embed(replace(config, **right)).images.embedded > 0
+
+
 def test_a_wrong_prefix_leaves_no_output_behind(mixed, tmp_path: Path):
     config, _, _ = mixed
     with pytest.raises(NoShardsError, match="no image shards under"):
